@@ -1,0 +1,145 @@
+"""The command line: `sstf run CONFIG` and one command a stage. Thin: the work is in `pipeline`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from sstf.errors import SstfError
+
+if TYPE_CHECKING:
+    from sstf.pipeline import Run
+
+EXAMPLE = "configs/smollm2-135m-instruct/demo.yaml"
+COMMANDS = {
+    "run": ("run every stage that is not done, in order, and print the results", ("eval", "export")),
+    "data": ("conversations with the target's answers, as token ids and loss masks", ("data",)),
+    "extract": ("hidden states of the target, as a feature store", ("extract",)),
+    "train": ("train the head in this process (several: accelerate launch -m sstf.train CONFIG)", ("train",)),
+    "eval": ("measure accepted length and speedup against the plain target", ("eval",)),
+    "export": ("write the head in the forms that serving engines load", ("export",)),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point; ends the process with 0, 2 (bad input), 3 (damaged data) or 130 (interrupted)."""
+    sys.exit(run_command(_parser().parse_args(arguments)))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="sstf",
+        description="Train draft heads that make a frozen language model decode faster without changing its words.",
+        epilog=f"example: sstf run {EXAMPLE}",
+    )
+    parser.add_argument("--version", action="version", version=f"sstf {version('sstf')}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (text, _) in COMMANDS.items():
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=f"{text[0].upper()}{text[1:]}. Stages that it needs and that are not done run first.",
+            epilog=f"example: sstf {name} {EXAMPLE} train.learning_rate=3e-4",
+        )
+        sub.add_argument("config", type=Path, help="the run's YAML file")
+        sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    return parser
+
+
+def run_command(args: argparse.Namespace) -> int:
+    """Run one command; every error that a user can cause is one sentence on stderr."""
+    err = Console(stderr=True)
+    return guarded(err, lambda: _execute(args, err))
+
+
+def guarded(err: Console, work: Callable[[], None]) -> int:
+    """Run `work` and turn its errors into an exit code and one sentence."""
+    try:
+        work()
+        return 0
+    except SstfError as error:
+        err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        return error.exit_code
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            what = "the disk is full; free some space and run the command again: what is done is kept"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            what = f"no permission to use {error.filename}; choose another output_dir or change the permission"
+        else:
+            raise
+        err.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
+        return 2
+    except KeyboardInterrupt:
+        err.print("interrupted; the same command goes on from here", highlight=False)
+        return 130
+
+
+def _plain(error: Exception) -> str:
+    return str(error).replace("[", r"\[")  # rich would take brackets for markup
+
+
+def _execute(args: argparse.Namespace, err: Console) -> None:
+    _quiet_libraries()
+    # Imported late: torch and transformers take seconds, and `--help` needs neither.
+    from sstf.pipeline import load_run
+    from sstf.progress_display import display
+
+    run = load_run(args.config, args.overrides, display(err))
+    wanted = COMMANDS[args.command][1]
+    if args.command == "run" and not run.trains:
+        wanted = ("eval",)
+    run.up_to(*wanted)
+    _show(run, wanted, Console())
+
+
+def _quiet_libraries() -> None:
+    """Bars and advice of the libraries below would drown our own."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+def _show(run: Run, wanted: Sequence[str], out: Console) -> None:
+    evaluation = run.summary("eval") if "eval" in wanted else None
+    if evaluation:
+        out.print(_results(evaluation["rows"]))
+    files = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
+    for stage, inner, label in (
+        ("data", "", "conversations"),
+        ("extract", "", "features"),
+        ("train", "head", "head"),
+        ("train", "metrics.jsonl", "training log"),
+        ("eval", "report.md", "report"),
+        ("export", "", "for engines"),
+    ):
+        if run.summary(stage) is not None:
+            files.add_row(label, str(run.folder(stage) / inner))
+    out.print(files)
+
+
+def _results(rows: list[dict[str, Any]]) -> Table:
+    table = Table(title="decoding, batch 1", title_justify="left")
+    for heading in ("how", "temperature", "accepted length", "tokens/s", "speedup", "95 % interval"):
+        table.add_column(heading, justify="left" if heading == "how" else "right")
+    for row in rows:
+        low, high = row["speedup_ci"]
+        table.add_row(
+            str(row["arm"]) + (f" (void: {row['void']})" if row["void"] else ""),
+            f"{row['temperature']:g}",
+            f"{row['accepted_length']:.2f}",
+            f"{row['tokens_per_second']:.1f}",
+            f"{row['speedup']:.2f}",
+            f"{low:.2f} to {high:.2f}",
+        )
+    return table

@@ -1,0 +1,36 @@
+"""The run configuration: one YAML file a run, each section owned by the package that it configures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from sstf.config_loading import Section
+from sstf.data.config import DataConfig, SampleSource
+from sstf.evaluation import EvalConfig
+from sstf.export import ExportConfig
+from sstf.features import ExtractConfig
+from sstf.methods import Eagle3Config, MethodConfig
+from sstf.targets import TargetConfig
+from sstf.train.config import TrainConfig
+
+
+class RunConfig(Section):
+    """Everything that decides a run. `output_dir` None means `runs/<name>`."""
+
+    name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    output_dir: Path | None = None
+    seed: int = Field(default=0, ge=0)
+    target: TargetConfig = TargetConfig(name="smollm2-135m-instruct")
+    data: DataConfig = DataConfig(source=SampleSource())
+    extract: ExtractConfig = ExtractConfig()
+    method: MethodConfig = Eagle3Config()
+    train: TrainConfig = TrainConfig(epochs=3)
+    eval: EvalConfig = EvalConfig()
+    export: ExportConfig = ExportConfig()
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.output_dir or Path("runs") / self.name

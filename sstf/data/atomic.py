@@ -1,0 +1,43 @@
+"""Files that are either whole or absent, also after a power cut.
+
+A full disk raises the plain `OSError`; the caller knows what it was writing and how to say so.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+
+def write_bytes_atomic(path: Path, data: bytes) -> None:
+    """Write `data` to `path`, replacing what is there in one step. Missing folders are made."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename itself lives in the folder, which has to reach the disk too.
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def write_json_atomic(path: Path, value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, see `write_bytes_atomic`."""
+    write_bytes_atomic(path, (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode())
+
+
+def jsonl_bytes(rows: list[dict[str, Any]]) -> bytes:
+    """One compact JSON object a line."""
+    lines = (json.dumps(row, ensure_ascii=False, separators=(",", ":")) for row in rows)
+    return "".join(line + "\n" for line in lines).encode()

@@ -1,0 +1,6 @@
+"""Speculative decoding: verification rules and the engine."""
+
+from sstf.decode.engine import Generation, SpeculativeDecoder, Timings
+from sstf.decode.verify import Verified, verify_deterministic, verify_greedy
+
+__all__ = ["Generation", "SpeculativeDecoder", "Timings", "Verified", "verify_deterministic", "verify_greedy"]

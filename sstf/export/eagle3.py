@@ -1,0 +1,92 @@
+"""Export of an EAGLE-3 head in the form that vLLM and SGLang load, each with its own layer convention.
+
+The tensors are those of EAGLE's published checkpoints. What differs is how an engine counts the target's layers:
+
+| engine | an id k means | ours (0-based layer output i) becomes |
+|---|---|---|
+| vLLM | the residual stream after k layers | i + 1 |
+| SGLang | the output of 0-based layer k | i |
+
+Off by one loads, serves, and loses most of the acceptance, so the convention is stated here and nowhere else.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from safetensors.torch import save
+
+from sstf.config_loading import Section
+from sstf.data.atomic import write_bytes_atomic, write_json_atomic
+from sstf.errors import ExportError
+from sstf.methods.checkpoint import StoredHead
+
+Engine = Literal["vllm", "sglang"]
+LAYER_OFFSET: dict[Engine, int] = {"vllm": 1, "sglang": 0}
+
+
+class ExportConfig(Section):
+    """Which engines to write for; one folder each."""
+
+    engines: tuple[Engine, ...] = Field(default=("vllm", "sglang"), min_length=1)
+
+
+def export_eagle3(stored: StoredHead, engine: Engine, folder: Path) -> None:
+    """Write `model.safetensors` (bf16) and `config.json` to `folder`.
+
+    Raises:
+        ExportError: the head is of another method.
+    """
+    if stored.config.kind != "eagle3":
+        raise ExportError(f"{engine} loads EAGLE-3 heads in this form; this head's method is {stored.config.kind}")
+    tensors = {
+        name: tensor if name in ("d2t", "t2d") else tensor.to(torch.bfloat16) for name, tensor in stored.tensors.items()
+    }
+    draft_vocab_size = len(tensors["d2t"])
+    if draft_vocab_size == stored.target.vocab_size:
+        # vLLM has no map in this case and refuses a checkpoint that holds one.
+        del tensors["d2t"], tensors["t2d"]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_bytes_atomic(
+        folder / "model.safetensors",
+        save({name: tensor.contiguous() for name, tensor in tensors.items()}, metadata={"format": "pt"}),
+    )
+    write_json_atomic(folder / "config.json", _config(stored, engine, draft_vocab_size))
+
+
+def _config(stored: StoredHead, engine: Engine, draft_vocab_size: int) -> dict[str, Any]:
+    target = stored.target
+    layers = [layer + LAYER_OFFSET[engine] for layer in stored.layers]
+    return {
+        "architectures": ["LlamaForCausalLMEagle3"],
+        "model_type": "llama",
+        "torch_dtype": "bfloat16",
+        "hidden_size": target.hidden_size,
+        "target_hidden_size": target.hidden_size,
+        "intermediate_size": target.intermediate_size,
+        "num_hidden_layers": 1,
+        "num_attention_heads": target.num_heads,
+        "num_key_value_heads": target.num_kv_heads,
+        "head_dim": target.head_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": target.rms_norm_eps,
+        "rope_theta": target.rope_theta,
+        "rope_scaling": None,
+        "max_position_embeddings": target.max_position_embeddings,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": False,  # true would make SGLang tie lm_head to the target's embeddings
+        "vocab_size": target.vocab_size,
+        "draft_vocab_size": draft_vocab_size,
+        "num_aux_hidden_states": len(layers),
+        # vLLM's two runners read the ids in different places; a place that is not read falls back to a default.
+        "eagle_aux_hidden_state_layer_ids": layers,
+        "eagle_config": {
+            "eagle_aux_hidden_state_layer_ids": layers,
+            "layer_ids": layers,
+            "use_aux_hidden_state": True,
+        },
+    }

@@ -1,0 +1,147 @@
+"""A trained head on disk: `head.safetensors` (the module's state dict) and `head.json` (what it is and whose).
+
+This is the project's own form, which training, decoding and evaluation read; `export` writes what engines load.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor, nn
+
+from sstf.data.atomic import write_bytes_atomic, write_json_atomic
+from sstf.errors import DamagedDataError, HeadError
+from sstf.features.store import LAYER_CONVENTION
+from sstf.methods import MethodConfig, build_method
+from sstf.methods.base import DraftMethod, TrainableMethod
+from sstf.targets import FrozenHead, Target, TargetSpec
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """A method and, where it has one, its module on the target's device in the target's dtype."""
+
+    name: str
+    method: DraftMethod
+    module: nn.Module | None = None
+
+
+def save_head(folder: Path, config: Any, module: nn.Module, target: TargetSpec, run: dict[str, Any]) -> None:
+    """Write a head; `run` is free-form provenance."""
+    method = build_method(config)
+    folder.mkdir(parents=True, exist_ok=True)
+    data = save({name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()})
+    write_bytes_atomic(folder / "head.safetensors", data)
+    write_json_atomic(
+        folder / "head.json",
+        {
+            "format": FORMAT,
+            "method": config.model_dump(mode="json"),
+            "layers": list(method.feature_spec(target).layers),
+            "layer_convention": LAYER_CONVENTION,
+            "target": target.to_json(),
+            "sha256": hashlib.sha256(data).hexdigest(),
+            "run": run,
+        },
+    )
+
+
+@dataclass(frozen=True)
+class StoredHead:
+    """A head as it lies on disk, not yet bound to a target."""
+
+    config: Any
+    tensors: dict[str, Tensor]
+    layers: tuple[int, ...]
+    target: TargetSpec
+    run: dict[str, Any]
+
+
+def read_head(folder: str | Path) -> StoredHead:
+    """Read and check a head folder.
+
+    Raises:
+        HeadError: no head there, or one that this version does not know.
+        DamagedDataError: the tensors were cut off or altered.
+    """
+    folder = Path(folder)
+    description = folder / "head.json"
+    if not description.is_file():
+        raise HeadError(f"{folder}: no head.json; expected a head folder that `sstf train` wrote")
+    try:
+        fields = json.loads(description.read_text(encoding="utf-8"))
+        if fields["format"] != FORMAT:
+            raise HeadError(f"{description}: head format {fields['format']}, this version reads {FORMAT}")
+        # JSON mode: lists stand for tuples
+        config = TypeAdapter(MethodConfig).validate_json(json.dumps(fields["method"]))
+        target = TargetSpec.from_json(fields["target"])
+        layers, digest, run = tuple(fields["layers"]), fields["sha256"], fields["run"]
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise DamagedDataError(
+            f"{description}: unreadable ({type(error).__name__}); train or copy the head again"
+        ) from None
+    try:
+        data = (folder / "head.safetensors").read_bytes()
+    except OSError as error:
+        raise DamagedDataError(f"{folder / 'head.safetensors'}: cannot be read ({error.strerror})") from None
+    if hashlib.sha256(data).hexdigest() != digest:
+        raise DamagedDataError(
+            f"{folder / 'head.safetensors'}: altered or cut off (its checksum differs); copy it again"
+        )
+    try:
+        tensors = load(data)
+    except SafetensorError as error:
+        raise DamagedDataError(f"{folder / 'head.safetensors'}: not a safetensors file ({error})") from None
+    return StoredHead(config, tensors, layers, target, run)
+
+
+def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
+    """The module with the stored tensors, float32, over the frozen parts of its target.
+
+    Raises:
+        HeadError: the tensors do not fit the method.
+    """
+    method = build_method(stored.config)
+    if not isinstance(method, TrainableMethod):
+        raise HeadError(f"method {stored.config.kind} has no head to load")
+    draft_tokens = stored.tensors["d2t"] + torch.arange(len(stored.tensors["d2t"]))
+    module = method.build_head(stored.target, frozen, draft_tokens.to(frozen.embeddings.device))
+    try:
+        module.load_state_dict(stored.tensors, strict=True)
+    except RuntimeError as error:
+        raise HeadError(
+            f"the stored tensors do not fit method {stored.config.kind}: {str(error).splitlines()[-1].strip()}"
+        ) from None
+    return module
+
+
+def load_head(path: str | Path, target: Target) -> DraftHead:
+    """Load a head for decoding with `target`.
+
+    Raises:
+        HeadError: no head there, or it was trained for another target.
+        DamagedDataError: the head was cut off or altered.
+    """
+    stored = read_head(path)
+    if stored.target.fingerprint != target.spec.fingerprint:
+        same_shape = (
+            stored.target.hidden_size == target.spec.hidden_size and stored.target.vocab_size == target.spec.vocab_size
+        )
+        hint = "the same shape but other weights or another dtype" if same_shape else "another shape"
+        raise HeadError(
+            f"{path}: the head was trained for target {stored.target.name} ({stored.target.dtype}, fingerprint "
+            f"{stored.target.fingerprint}), not for {target.spec.name} ({target.spec.dtype}, "
+            f"{target.spec.fingerprint}), which has {hint}; load that target, or train a head for this one"
+        )
+    module = bind(stored, target.frozen_head).to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
+    return DraftHead(str(path), build_method(stored.config), module)

@@ -1,0 +1,20 @@
+"""Frozen targets: loading, layer taps, key/value caches, sampling, and the parts a head is built from."""
+
+from sstf.targets.cache import PreallocatedCache, causal_mask
+from sstf.targets.embedded import EMBEDDED, locate
+from sstf.targets.frozen_head import FrozenHead
+from sstf.targets.huggingface import LayerTaps, Target, TargetConfig, load_target
+from sstf.targets.spec import TargetSpec
+
+__all__ = [
+    "EMBEDDED",
+    "FrozenHead",
+    "LayerTaps",
+    "PreallocatedCache",
+    "Target",
+    "TargetConfig",
+    "TargetSpec",
+    "causal_mask",
+    "load_target",
+    "locate",
+]

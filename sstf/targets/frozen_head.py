@@ -1,0 +1,127 @@
+"""The frozen parts of a target that a draft head is built from and taught by.
+
+Hidden states are stored AFTER the target's final norm (they are the input of `lm_head`), so the teacher needs no
+norm of its own and none can be forgotten. The embeddings, `lm_head`, the final norm and the last decoder layer (for
+initialising a head) travel with the feature store, so that training never loads the target.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sstf.errors import DamagedDataError, TargetError
+
+
+@dataclass(frozen=True)
+class FrozenHead:
+    """Tensors of the frozen target. `last_layer` holds the last decoder layer's parameters by their own names."""
+
+    embeddings: Tensor  # [vocab, hidden]
+    lm_head: Tensor  # [vocab, hidden]
+    final_norm: Tensor  # [hidden]
+    last_layer: dict[str, Tensor]
+    softcap: float = 0.0  # logits = softcap * tanh(logits / softcap) where not 0 (Gemma 2)
+    scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
+
+    def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Target logits of normed hidden states, over the whole vocabulary or over `tokens` only.
+
+        Args:
+            hidden: [..., hidden], after the final norm.
+            tokens: [draft_vocab] int64 target ids, or None for all.
+
+        Returns:
+            [..., vocab] or [..., draft_vocab], float32.
+        """
+        weight = self.lm_head if tokens is None else self.lm_head[tokens]
+        logits = F.linear(hidden.to(weight.dtype), weight).float() * self.scale
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def to(self, device: torch.device) -> FrozenHead:
+        """A copy on `device`."""
+        return FrozenHead(
+            self.embeddings.to(device),
+            self.lm_head.to(device),
+            self.final_norm.to(device),
+            {name: tensor.to(device) for name, tensor in self.last_layer.items()},
+            self.softcap,
+            self.scale,
+        )
+
+    def save(self, path: Path) -> None:
+        """Write as safetensors; tied weights are written once."""
+        tensors = {"embeddings": self.embeddings, "final_norm": self.final_norm}
+        if self.lm_head.data_ptr() != self.embeddings.data_ptr():
+            tensors["lm_head"] = self.lm_head
+        tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
+        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale], dtype=torch.float64)
+        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+
+    @staticmethod
+    def load(path: Path) -> FrozenHead:
+        """Inverse of `save`.
+
+        Raises:
+            DamagedDataError: the file is missing, cut off or altered.
+        """
+        try:
+            tensors = load_file(path)
+            softcap, scale = tensors.pop("logit_transform").tolist()
+            embeddings = tensors.pop("embeddings")
+            return FrozenHead(
+                embeddings,
+                tensors.pop("lm_head", embeddings),
+                tensors.pop("final_norm"),
+                {name.removeprefix("last_layer."): tensor for name, tensor in tensors.items()},
+                softcap,
+                scale,
+            )
+        except (OSError, SafetensorError, KeyError) as error:
+            raise DamagedDataError(
+                f"{path}: the frozen head cannot be read ({error}); delete its folder and run `sstf extract` again"
+            ) from error
+
+
+def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name: str) -> FrozenHead:
+    """Take the frozen parts from a loaded transformers model, and check that they reproduce its logits.
+
+    Raises:
+        TargetError: the model computes its logits in a way that the frozen head does not reproduce.
+    """
+    output = model.get_output_embeddings()
+    if not isinstance(output, nn.Linear) or output.bias is not None:
+        raise TargetError(f"target {name}: its output layer is {output}, expected a Linear without a bias")
+    norms = [module for key, module in decoder.named_children() if "norm" in key.lower() or key == "ln_f"]
+    if len(norms) != 1:
+        raise TargetError(f"target {name}: found {len(norms)} final norms in {type(decoder).__name__}, expected one")
+    config = model.config.get_text_config()
+    fields = config.to_dict()
+    # Granite divides, Cohere multiplies.
+    scale = 1.0 / fields["logits_scaling"] if fields.get("logits_scaling") else fields.get("logit_scale") or 1.0
+    frozen = FrozenHead(
+        model.get_input_embeddings().weight.detach(),
+        output.weight.detach(),
+        next(norms[0].parameters()).detach(),
+        {key: parameter.detach() for key, parameter in layers[-1].named_parameters()},
+        float(fields.get("final_logit_softcapping") or 0.0),
+        float(scale),
+    )
+    with torch.inference_mode():
+        probe = torch.arange(8, device=output.weight.device)[None] % config.vocab_size
+        expected = model(probe, use_cache=False).logits.float()
+        found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state)
+    error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
+    if not error < 0.02:  # bf16 rounding of a scaled or capped logit stays under 1 %
+        raise TargetError(
+            f"target {name}: lm_head(last hidden state) differs from the model's own logits by {error:.1%} of their "
+            "maximum; this architecture transforms its logits in a way that is not supported yet"
+        )
+    return frozen

@@ -1,0 +1,175 @@
+"""A frozen target: any causal language model that transformers loads, used through hooks on its stock modules."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from sstf.config_loading import Section
+from sstf.errors import TargetError
+from sstf.targets.cache import PreallocatedCache
+from sstf.targets.embedded import EMBEDDED, locate
+from sstf.targets.frozen_head import FrozenHead, read_frozen_head
+from sstf.targets.spec import TargetSpec, describe
+
+Dtype = Literal["bfloat16", "float16", "float32"]
+
+
+class TargetConfig(Section):
+    """Which model is frozen. `name` is an embedded name, a local folder or a hub id."""
+
+    name: str = Field(min_length=1)
+    revision: str | None = None
+    dtype: Dtype = "bfloat16"
+    device: str = "auto"
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class TargetOutput:
+    """One forward pass: `features` is the concatenation of the tapped layers' outputs, in the order asked for."""
+
+    logits: Tensor  # [batch, seq, vocab]
+    features: Tensor  # [batch, seq, taps]
+
+
+class LayerTaps:
+    """Captures the outputs of decoder layers (0-based) while it is open as a context manager."""
+
+    def __init__(self, layers: nn.ModuleList, ids: Sequence[int]) -> None:
+        self._layers, self._ids = layers, tuple(ids)
+        self._captured: dict[int, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    def __enter__(self) -> LayerTaps:
+        for layer_id in self._ids:
+
+            def capture(module: nn.Module, args: Any, output: Any, layer_id: int = layer_id) -> None:
+                # Some architectures return (hidden, ...), some the hidden states alone.
+                self._captured[layer_id] = output[0] if isinstance(output, tuple) else output
+
+            self._handles.append(self._layers[layer_id].register_forward_hook(capture))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._captured.clear()
+
+    def features(self) -> Tensor:
+        """[batch, seq, taps]: what the last forward pass left, concatenated in the order of the ids."""
+        return torch.cat([self._captured[layer_id] for layer_id in self._ids], dim=-1)
+
+
+class Target:
+    """A frozen causal language model with its tokenizer, its spec and access to its layers."""
+
+    def __init__(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.spec: TargetSpec = describe(name, model.config, model)
+        self.decoder: nn.Module = model.get_decoder()
+        self.layers = self._find_layers()
+        self.device: torch.device = next(model.parameters()).device
+        self.dtype: torch.dtype = next(model.parameters()).dtype
+        self._frozen: FrozenHead | None = None
+
+    def _find_layers(self) -> nn.ModuleList:
+        for _, module in self.decoder.named_children():
+            if isinstance(module, nn.ModuleList) and len(module) == self.spec.num_layers:
+                return module
+        raise TargetError(
+            f"target {self.spec.name}: no list of {self.spec.num_layers} decoder layers in "
+            f"{type(self.decoder).__name__}; this architecture cannot be tapped yet"
+        )
+
+    @property
+    def frozen_head(self) -> FrozenHead:
+        """Embeddings, lm_head, final norm and last layer, read (and checked) on first use."""
+        if self._frozen is None:
+            self._frozen = read_frozen_head(self.model, self.decoder, self.layers, self.spec.name)
+        return self._frozen
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        """Token ids after which the target stops."""
+        found = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        ids = found if isinstance(found, list) else [] if found is None else [found]
+        if self.tokenizer.eos_token_id is not None:
+            ids = [*ids, self.tokenizer.eos_token_id]
+        return frozenset(ids)
+
+    def tap(self, ids: Sequence[int]) -> LayerTaps:
+        """Taps on the outputs of the 0-based decoder layers `ids`.
+
+        Raises:
+            TargetError: an id is out of range, or named twice.
+        """
+        bad = [i for i in ids if not 0 <= i < self.spec.num_layers]
+        if bad or len(set(ids)) != len(ids):
+            raise TargetError(
+                f"target {self.spec.name} has layers 0 to {self.spec.num_layers - 1}; cannot read layers {list(ids)}"
+                + (f" ({bad} do not exist)" if bad else " (one is named twice)")
+            )
+        return LayerTaps(self.layers, ids)
+
+    def new_cache(self, capacity: int, batch: int = 1) -> PreallocatedCache:
+        """An empty key/value cache with room for `capacity` tokens a row."""
+        return PreallocatedCache(self.spec.num_layers, batch, capacity)
+
+
+def load_target(
+    name_or_path: str,
+    dtype: Dtype | torch.dtype = "bfloat16",
+    device: str = "auto",
+    revision: str | None = None,
+    trust_remote_code: bool = False,
+) -> Target:
+    """Load a frozen target.
+
+    Args:
+        name_or_path: an embedded name (`smollm2-135m-instruct`), a local folder, or a hub id.
+        dtype: of the weights and the computation.
+        device: `auto` takes the first GPU where there is one.
+        revision: of a hub repository; a commit hash makes a run repeatable.
+        trust_remote_code: run modeling code that ships with the weights. Off: it is somebody else's code.
+
+    Raises:
+        TargetError: nothing loadable under that name, or an architecture that cannot be tapped.
+    """
+    torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+    path = locate(name_or_path)
+    if path.startswith((".", "/", "~")) or name_or_path in EMBEDDED:
+        folder = Path(path).expanduser()
+        if not (folder / "config.json").is_file():
+            raise TargetError(
+                f"target {name_or_path}: no config.json in {folder}; expected a transformers model folder"
+            )
+        path = str(folder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        model = AutoModelForCausalLM.from_pretrained(
+            path, revision=revision, dtype=torch_dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TargetError(
+            f"target {name_or_path}: cannot be loaded ({first_line}); expected an embedded name "
+            f"({', '.join(EMBEDDED)}), a local model folder with safetensors, or a reachable hub id"
+        ) from error
+    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    name = name_or_path if name_or_path in EMBEDDED else Path(path).name if Path(path).is_dir() else name_or_path
+    module: nn.Module = model
+    return Target(name, module.to(where), tokenizer)

@@ -1,0 +1,1 @@
+"""Training: the loop, checkpoints, configuration; `accelerate launch -m sstf.train CONFIG` for several processes."""
