@@ -63,7 +63,7 @@ def extract(
             info = finished_shard(folder, index)
             if info is None:
                 rows: dict[int, Features] = {}
-                for batch in _batches([len(sample.input_ids) for sample in group], config.batch_tokens):
+                for batch in batches_of([len(sample.input_ids) for sample in group], config.batch_tokens):
                     chosen = [group[i] for i in batch]
                     rows |= dict(zip(batch, _forward(target, chosen, taps.features), strict=True))
                     bar.advance(sum(len(sample.input_ids) for sample in chosen))
@@ -90,7 +90,7 @@ def _shards(samples: Sequence[TokenSample], shard_tokens: int) -> list[list[Toke
     return shards
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
+def batches_of(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Indices of conversations of like length, so that little of a batch is padding."""
     batches: list[list[int]] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):

@@ -167,9 +167,13 @@ class Trainer:
         with bars.start("training", len(self.plan), "steps") as bar:
             bar.advance(self.progress.step)
             while self.progress.step < len(self.plan):
-                self._one_step(trackers, started, start_tokens)
+                figures = self.train_step()
                 bar.advance(1)
                 done = self.progress.step == len(self.plan)
+                if trackers and (done or self.progress.step % self.config.log_every == 0):
+                    seconds = time.perf_counter() - started
+                    figures["tokens_per_second"] = (self.progress.trained_tokens - start_tokens) / seconds
+                    _log(trackers, self.progress.step, figures)
                 if done or self.progress.step % self.config.validate_every == 0:
                     self._validate_and_choose(trackers)
                 if done or self.progress.step % self.config.checkpoint_every == 0:
@@ -189,7 +193,8 @@ class Trainer:
             "processes": self.accelerator.num_processes,
         }
 
-    def _one_step(self, trackers: list[Tracker], started: float, start_tokens: int) -> None:
+    def train_step(self) -> dict[str, float]:
+        """One optimiser step; returns its figures under the names that trackers get."""
         config, accelerator = self.config, self.accelerator
         step = self.progress.step
         lr = learning_rate(step, len(self.plan), config.learning_rate, config.warmup_share)
@@ -223,14 +228,11 @@ class Trainer:
         self.optimizer.zero_grad()
         self.progress.step += 1
         self.progress.trained_tokens += sum(self.store.lengths[i] for batch in self.plan[step] for i in batch)
-        if trackers and (self.progress.step % config.log_every == 0 or self.progress.step == len(self.plan)):
-            count = sums[0].clamp_min(1.0)
-            figures = {"lr": lr, "grad_norm": float(norm)}
-            for row, name in enumerate(("loss", "accuracy", "overlap"), start=1):
-                figures |= {f"train/{name}/{i}": v for i, v in enumerate((sums[row] / count).tolist())}
-            seconds = time.perf_counter() - started
-            figures["tokens_per_second"] = (self.progress.trained_tokens - start_tokens) / seconds
-            _log(trackers, self.progress.step, figures)
+        count = sums[0].clamp_min(1.0)
+        figures = {"lr": lr, "grad_norm": float(norm)}
+        for row, name in enumerate(("loss", "accuracy", "overlap"), start=1):
+            figures |= {f"train/{name}/{i}": v for i, v in enumerate((sums[row] / count).tolist())}
+        return figures
 
     def _load(self, indices: list[int]) -> FeatureBatch:
         return to_device(collate([self.store[i] for i in indices]), self.accelerator.device)
