@@ -1,9 +1,15 @@
 """sstf: train draft heads that make a frozen language model decode faster without changing a word it says."""
 
-from sstf.decode import Generation, SpeculativeDecoder
-from sstf.methods.checkpoint import DraftHead, load_head
-from sstf.targets import Target, load_target
-from sstf.trees import Chain, DynamicTree
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sstf.decode import Generation, SpeculativeDecoder
+    from sstf.methods.checkpoint import DraftHead, load_head
+    from sstf.targets import Target, load_target
+    from sstf.trees import Chain, DynamicTree
 
 __all__ = [
     "Chain",
@@ -15,3 +21,25 @@ __all__ = [
     "load_head",
     "load_target",
 ]
+
+# Imported at first use (PEP 562): torch takes seconds, and `sstf --help` needs none of it.
+_HOMES = {
+    "Chain": "sstf.trees",
+    "DraftHead": "sstf.methods.checkpoint",
+    "DynamicTree": "sstf.trees",
+    "Generation": "sstf.decode",
+    "SpeculativeDecoder": "sstf.decode",
+    "Target": "sstf.targets",
+    "load_head": "sstf.methods.checkpoint",
+    "load_target": "sstf.targets",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from sstf.errors import SstfError
 
@@ -68,7 +69,7 @@ def guarded(err: Console, work: Callable[[], None]) -> int:
         work()
         return 0
     except SstfError as error:
-        err.print(f"[bold red]error:[/] {_plain(error)}", highlight=False, soft_wrap=True)
+        _complain(err, str(error))
         return error.exit_code
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -77,15 +78,16 @@ def guarded(err: Console, work: Callable[[], None]) -> int:
             what = f"no permission to use {error.filename}; choose another output_dir or change the permission"
         else:
             raise
-        err.print(f"[bold red]error:[/] {what}", highlight=False, soft_wrap=True)
+        _complain(err, what)
         return 2
     except KeyboardInterrupt:
         err.print("interrupted; the same command goes on from here", highlight=False)
         return 130
 
 
-def _plain(error: Exception) -> str:
-    return str(error).replace("[", r"\[")  # rich would take brackets for markup
+def _complain(err: Console, message: str) -> None:
+    # As `Text`: rich would take brackets and colons in file names for markup.
+    err.print(Text.assemble(("error:", "bold red"), " ", message), soft_wrap=True)
 
 
 def _execute(args: argparse.Namespace, err: Console) -> None:
@@ -114,7 +116,6 @@ def _show(run: Run, wanted: Sequence[str], out: Console) -> None:
     evaluation = run.summary("eval") if "eval" in wanted else None
     if evaluation:
         out.print(_results(evaluation["rows"]))
-    files = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
     for stage, inner, label in (
         ("data", "", "conversations"),
         ("extract", "", "features"),
@@ -124,8 +125,8 @@ def _show(run: Run, wanted: Sequence[str], out: Console) -> None:
         ("export", "", "for engines"),
     ):
         if run.summary(stage) is not None:
-            files.add_row(label, str(run.folder(stage) / inner))
-    out.print(files)
+            # Not a table, which would break long paths to fit the terminal.
+            out.print(Text(f"{label:<15}{run.folder(stage) / inner}"), soft_wrap=True)
 
 
 def _results(rows: list[dict[str, Any]]) -> Table:

@@ -10,12 +10,13 @@ change it back and the old results are found again. A stage that was killed goes
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import gc
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -28,17 +29,19 @@ from sstf.data.config import JsonlSource, SampleSource
 from sstf.data.conversations import SAMPLE
 from sstf.data.progress import Progress
 from sstf.data.tokens import TokenStore
-from sstf.errors import ConfigError
-from sstf.evaluation import evaluate, write_report
+from sstf.errors import ConfigError, DamagedDataError
+from sstf.evaluation import evaluate, load_suite, write_report
 from sstf.export import export_eagle3
 from sstf.features import FeatureStore, extract
 from sstf.methods import TrainableMethod, build_method
-from sstf.methods.checkpoint import load_head, read_head
+from sstf.methods.checkpoint import DraftHead, load_head, read_head
 from sstf.targets import EMBEDDED, Target, load_target
 from sstf.targets.sampling import BatchSampler
 from sstf.train.trainer import Trainer
 
 STAGES = ("data", "extract", "train", "eval", "export")
+# The file that closes a stage's results. Where it was deleted, the stage runs again and makes what is missing.
+RESULT = {"data": "tokens.json", "extract": "manifest.json", "train": "head/head.json", "eval": "report.json"}
 NEEDS = {"data": None, "extract": "data", "train": "extract", "eval": "train", "export": "train"}
 # Raised when a stage's code changes what it writes, so that results of older code are not taken for its own.
 VERSIONS = {"data": 1, "extract": 1, "train": 1, "eval": 1, "export": 1}
@@ -88,12 +91,19 @@ class Run:
                 ),
                 config.seed,
             ],
-            "eval": [config.eval.model_dump(mode="json"), config.seed],
+            "eval": [
+                config.eval.model_dump(mode="json"),
+                self._digests([Path(config.eval.suite)]),
+                config.seed,
+                # A method that is not trained needs no other stage, whose key would hold these.
+                config.method.model_dump(mode="json"),
+                self._target_identity(),
+            ],
             "export": [config.export.model_dump(mode="json")],
         }
         keys: dict[str, str] = {}
         for stage in STAGES:
-            before = NEEDS[stage]
+            before = self._before(stage)
             content = json.dumps([VERSIONS[stage], settings[stage], keys[before] if before else ""], sort_keys=True)
             keys[stage] = hashlib.sha256(content.encode()).hexdigest()[:12]
         return keys
@@ -108,11 +118,18 @@ class Run:
         return self.config.folder / stage / self.keys[stage]
 
     def summary(self, stage: str) -> dict[str, Any] | None:
-        """What a finished stage reported; None if it is not finished."""
+        """What a finished stage reported; None if it is not finished.
+
+        Raises:
+            DamagedDataError: `done.json` is not what was written.
+        """
         done = self.folder(stage) / "done.json"
-        if not done.exists():
+        if not done.exists() or not (self.folder(stage) / RESULT.get(stage, "")).exists():
             return None
-        content: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        try:
+            content: dict[str, Any] = json.loads(done.read_text(encoding="utf-8"))
+        except ValueError:
+            raise DamagedDataError(f"{done}: not valid JSON; delete it and run the same command again") from None
         return content
 
     def _target_identity(self) -> list[Any]:
@@ -135,6 +152,10 @@ class Run:
         if not isinstance(source, JsonlSource):
             return []
         paths = source.path if isinstance(source.path, tuple) else (source.path,)
+        return self._digests(paths)
+
+    @staticmethod
+    def _digests(paths: Iterable[Path]) -> list[str]:
         # A missing file is reported by the stage itself, in its own words.
         return [hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()]
 
@@ -145,23 +166,26 @@ class Run:
 
         Raises:
             ConfigError: the method has nothing to train, or another process works in this folder.
+            SstfError: a stage found its input wrong or damaged; the stages before it are kept.
         """
+        if not self.trains and any(stage in ("extract", "train", "export") for stage in wanted):
+            raise ConfigError(
+                f"method.kind={self.config.method.kind} needs no training, so there is nothing to extract, train "
+                "or export; use `sstf eval`"
+            )
         order = [stage for stage in STAGES if any(stage == w or stage in self._needed(w) for w in wanted)]
-        if not isinstance(self.method, TrainableMethod):
-            if any(stage in ("extract", "train", "export") for stage in wanted):
-                raise ConfigError(
-                    f"method.kind={self.config.method.kind} needs no training, so there is nothing to extract, train "
-                    "or export; use `sstf eval`"
-                )
-            order = list(wanted)
         with self._lock():
-            for stage in order:
-                if self.summary(stage) is None:
-                    folder = self.folder(stage)
-                    folder.mkdir(parents=True, exist_ok=True)
-                    write_bytes_atomic(folder / "config.yaml", dump(self.config).encode())
-                    summary = self._work[stage](folder)
-                    write_json_atomic(folder / "done.json", summary)
+            missing = [stage for stage in order if self.summary(stage) is None]
+            if "eval" in missing:
+                load_suite(self.config.eval.suite)  # a broken suite is known now, not after hours of training
+            for stage in missing:
+                folder = self.folder(stage)
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in folder.rglob(".*.tmp"):  # of a process that was killed while it wrote
+                    leftover.unlink()
+                write_bytes_atomic(folder / "config.yaml", dump(self.config).encode())
+                summary = self._work[stage](folder)
+                write_json_atomic(folder / "done.json", summary)
 
     def train_only(self) -> None:
         """The training stage in this process, one of several that a launcher started; the features must be there.
@@ -177,20 +201,34 @@ class Run:
         if self.summary("train") is None:
             folder.mkdir(parents=True, exist_ok=True)
             trainer = self._trainer(folder)
-            summary = trainer.run(self.progress, self.config.name, self.config.model_dump(mode="json"))
-            if trainer.accelerator.is_main_process:
-                write_bytes_atomic(folder / "config.yaml", dump(self.config).encode())
-                write_json_atomic(folder / "done.json", summary)
+            main = trainer.accelerator.is_main_process
+            with self._lock() if main else nullcontext():
+                summary = trainer.run(self.progress, self.config.name, self.config.model_dump(mode="json"))
+                if main:
+                    write_bytes_atomic(folder / "config.yaml", dump(self.config).encode())
+                    write_json_atomic(folder / "done.json", summary)
+
+    def _before(self, stage: str) -> str | None:
+        return NEEDS[stage] if self.trains else None
 
     def _needed(self, stage: str) -> set[str]:
-        before = NEEDS[stage]
+        before = self._before(stage)
         return {before, *self._needed(before)} if before else set()
 
     @contextmanager
     def _lock(self) -> Iterator[None]:
         """One process at a time in a run's folder; the lock dies with its process."""
-        self.config.folder.mkdir(parents=True, exist_ok=True)
-        with (self.config.folder / ".lock").open("w") as file:
+        try:
+            self.config.folder.mkdir(parents=True, exist_ok=True)
+            file = (self.config.folder / ".lock").open("w")
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise ConfigError(
+                f"cannot write to {self.config.folder} ({error.strerror}); set output_dir to a folder that can be "
+                "written"
+            ) from None
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -201,10 +239,17 @@ class Run:
 
     @property
     def target(self) -> Target:
-        """The target, loaded at the first use."""
+        """The target, loaded at the first use.
+
+        Raises:
+            TargetError: it cannot be loaded.
+            ConfigError: it lacks the layers that the method reads.
+        """
         if self._target is None:
             t = self.config.target
-            self._target = load_target(t.name, t.dtype, t.device, t.revision, t.trust_remote_code)
+            target = load_target(t.name, t.dtype, t.device, t.revision, t.trust_remote_code)
+            self.method.feature_spec(target.spec)  # checks the layers, before hours go into the target's answers
+            self._target = target
         return self._target
 
     # ---- stages -----------------------------------------------------------------------------------------------------
@@ -234,9 +279,8 @@ class Run:
         return Trainer(store, self.method, self.config.method, self.config.train, folder, self.config.seed)
 
     def _eval(self, folder: Path) -> dict[str, Any]:
-        trained = isinstance(self.method, TrainableMethod)
-        path = self.folder("train") / "head" if trained else None
-        head = load_head(path, self.target) if path else None
+        path = self.folder("train") / "head" if self.trains else None
+        head = load_head(path, self.target) if path else DraftHead(self.config.method.kind, self.method)
         rows = evaluate(self.target, head, self.config.eval, self.progress, self.config.seed)
         write_report(folder, rows, self.target, str(path) if path else None, self.config.eval.model_dump(mode="json"))
         keys = ("arm", "temperature", "accepted_length", "tokens_per_second", "speedup", "speedup_ci", "void")

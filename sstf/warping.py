@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+COLDEST = 1e-30  # a lower temperature is greedy all the same, and would underflow in float32
+
 
 def warp(
     logits: Float[Tensor, "*rows vocab"], temperature: float, top_p: float = 1.0, top_k: int = 0
@@ -26,7 +28,7 @@ def warp(
         best = logits.argmax(-1, keepdim=True)
         return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, best, 1.0)
     if top_p >= 1 and top_k == 0:
-        return torch.softmax(logits.float() / temperature, -1)
+        return torch.softmax(_divide(logits.float(), temperature), -1)
     probs, ids = warp_top(logits, temperature, top_p, top_k)
     return torch.zeros_like(logits, dtype=torch.float32).scatter_(-1, ids, probs)
 
@@ -40,8 +42,15 @@ def warp_top(
     """
     kept = min(top_k or logits.shape[-1], logits.shape[-1])
     values, ids = logits.float().topk(kept, dim=-1)
-    probs = torch.softmax(values / temperature, -1)
+    probs = torch.softmax(_divide(values, temperature), -1)
     before = probs.cumsum(-1) - probs  # mass of the tokens ahead: the one that crosses top_p stays
+    limit = torch.as_tensor(top_p)
     # The best token stays whatever top_p is; `before` is exactly 0 there, but top_p may be tiny or rounded.
-    probs = torch.where(before < torch.as_tensor(top_p).clamp_min(1e-9), probs, 0.0)
+    # A sum of many tokens may round to 1 and above before the last, which top_p = 1 must not drop.
+    probs = torch.where((before < limit.clamp_min(1e-9)) | (limit >= 1), probs, 0.0)
     return probs / probs.sum(-1, keepdim=True), ids
+
+
+def _divide(logits: Tensor, temperature: Tensor | float) -> Tensor:
+    """logits / temperature up to a constant a row, which softmax ignores. The best is 0, so nothing overflows."""
+    return (logits - logits.amax(-1, keepdim=True)) / torch.as_tensor(temperature).clamp_min(COLDEST)

@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
-from sstf.evaluation.run import Row, rows_to_json
+from sstf.evaluation.config import PLAIN
+from sstf.evaluation.run import ALL, Row, rows_to_json
 from sstf.targets import Target
 
 SCHEMA = 1
@@ -72,11 +73,11 @@ def markdown(rows: Sequence[Row], content: dict[str, Any]) -> str:
         f"Target {content['target']['name']} ({content['target']['dtype']}), engine {content['engine']}, "
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.",
         "",
-        *_table([row for row in rows if row.category == "all"], "arm"),
+        *_table([row for row in rows if row.category == ALL], "arm"),
         "",
         "## By category",
         "",
-        *_table([row for row in rows if row.category != "all" and row.arm != "plain"], "category"),
+        *_table([row for row in rows if row.category != ALL and row.arm != PLAIN], "category"),
         "",
         "## Acceptance by draft position",
         "",
@@ -85,7 +86,7 @@ def markdown(rows: Sequence[Row], content: dict[str, Any]) -> str:
         *[
             f"| {r.arm} | {r.temperature:g} | {_list(r.survival)} | {_list(r.acceptance_rate)} |"
             for r in rows
-            if r.category == "all" and r.survival
+            if r.category == ALL and r.survival
         ],
         "",
         "## Formulas",

@@ -7,7 +7,7 @@ speed hits all alike; all run through the same engine.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
@@ -31,6 +31,7 @@ from sstf.trees import Chain
 
 BROKEN_BELOW = 1.05  # an accepted length this near 1 means a broken head or export, not a weak one
 REPETITIVE_ABOVE = 0.5
+ALL = "all"  # the category of the overall rows, and of prompts that name none
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,11 @@ class Row:
 def evaluate(
     target: Target, head: DraftHead | None, config: EvalConfig, progress: Progress, seed: int = 0
 ) -> list[Row]:
-    """Measure; `head=None` measures the free baselines alone."""
+    """Measure; `head=None` measures the free baselines alone.
+
+    Raises:
+        DataError: the suite cannot be used, or its prompts do not fit the target's context.
+    """
     prompts = load_suite(config.suite, config.prompts)
     encoded = [render_prompt(target.tokenizer, prompt.messages) for prompt in prompts]
     longest = max(len(ids) for ids in encoded) + config.max_new_tokens
@@ -94,7 +99,9 @@ def evaluate(
                             )
                         )
                     bar.advance(1)
-            rows += _summarise(records, prompts, temperature, depths)
+            rows += _summarise(
+                records, prompts, temperature, depths, trained=head is not None and head.module is not None
+            )
     return rows
 
 
@@ -110,15 +117,21 @@ def _arms(target: Target, head: DraftHead | None, config: EvalConfig) -> dict[st
 
 
 def _summarise(
-    records: dict[str, list[Record]], prompts: Sequence[Prompt], temperature: float, depths: dict[str, int]
+    records: dict[str, list[Record]],
+    prompts: Sequence[Prompt],
+    temperature: float,
+    depths: dict[str, int],
+    trained: bool,
 ) -> list[Row]:
     rows = []
-    categories = ["all", *dict.fromkeys(prompt.category for prompt in prompts)]
+    categories = dict.fromkeys([ALL, *(prompt.category for prompt in prompts)])
     for arm, made in records.items():
         for category in categories:
-            picked = [i for i, r in enumerate(made) if category in ("all", r.category)]
+            picked = [i for i, r in enumerate(made) if category in (ALL, r.category)]
             plain = [records[PLAIN][i] for i in picked]
-            rows.append(_row(arm, temperature, category, [made[i] for i in picked], plain, depths[arm]))
+            row = _row(arm, temperature, category, [made[i] for i in picked], plain, depths[arm])
+            why = None if arm == PLAIN else _void(row, has_head=trained and arm != NGRAM)
+            rows.append(replace(row, void=why))
     return rows
 
 
@@ -155,18 +168,19 @@ def _row(arm: str, temperature: float, category: str, made: list[Record], plain:
         verify_ms=1e3 * sum(r.verify_s for r in made) / passes,
         identical=same if temperature == 0 else None,
         repetition=loops,
-        void=_void(arm, tau, ratio, loops),
+        void=None,
     )
 
 
-def _void(arm: str, tau: float, speedup: float, loops: float) -> str | None:
-    if arm == PLAIN:
-        return None
+def _void(row: Row, has_head: bool) -> str | None:
+    tau, speedup = row.accepted_length, row.speedup
+    if tau == 0:
+        return "empty: every text ended with its first token, so nothing was verified"
     if speedup > tau * 1.02:  # 2 % for the clock
         return f"impossible: speedup {speedup:.2f} above accepted length {tau:.2f}, so the baseline is depressed"
-    if loops > REPETITIVE_ABOVE:
-        return f"repetitive: {loops:.0%} of 4-grams are repeats, which inflates accepted length"
-    if arm != NGRAM and tau < BROKEN_BELOW:
+    if row.repetition > REPETITIVE_ABOVE:
+        return f"repetitive: {row.repetition:.0%} of 4-grams are repeats, which inflates accepted length"
+    if has_head and tau < BROKEN_BELOW:
         return f"broken: accepted length {tau:.2f} is what a head gives that was trained or loaded wrongly"
     return None
 

@@ -136,12 +136,9 @@ class Eagle3Head(nn.Module):
         t2d = torch.zeros(shape.vocab_size, dtype=torch.bool, device=draft_tokens.device)
         t2d[draft_tokens] = True
         self.register_buffer("t2d", t2d)
-        frequencies = shape.rope_theta ** -(torch.arange(0, shape.head_dim, 2).float() / shape.head_dim)
-        self.register_buffer("inv_freq", frequencies, persistent=False)
         self.embeddings: Tensor
         self.d2t: Tensor
         self.t2d: Tensor
-        self.inv_freq: Tensor
 
     @property
     def draft_tokens(self) -> Int[Tensor, "draft_vocab"]:
@@ -154,7 +151,10 @@ class Eagle3Head(nn.Module):
 
     def rope(self, positions: Int[Tensor, "batch seq"]) -> tuple[Tensor, Tensor]:
         """Cosine and sine [batch, 1, seq, head_dim], float32."""
-        angles = positions[:, None, :, None].float() * self.inv_freq
+        # Made anew, not a buffer: `head.to(bfloat16)` would round it, and late positions would turn by whole radians.
+        dim = self.shape.head_dim
+        frequencies = self.shape.rope_theta ** -(torch.arange(0, dim, 2, device=positions.device).float() / dim)
+        angles = positions[:, None, :, None].float() * frequencies
         angles = torch.cat([angles, angles], -1)
         return angles.cos(), angles.sin()
 

@@ -75,7 +75,7 @@ def fused_distill(
     """As `distill`, in bounded memory. `weight` may be float32 while `hidden` is bfloat16: products run in the
     dtype of `hidden`, the weight's gradient is accumulated in float32."""
     loss_sum, losses, draft_token, overlap = _FusedDistill.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, target.probs, target.coverage, target.entropy, rows, weights
+        hidden, weight, target.probs, target.coverage, target.entropy, rows, weights, torch.is_grad_enabled()
     )
     return Distilled(loss_sum, losses, draft_token, overlap)
 
@@ -86,14 +86,15 @@ class _FusedDistill(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, probs: Tensor, coverage: Tensor, entropy: Tensor, rows: Tensor,
-        weights: Tensor,
+        weights: Tensor, graph: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         low = weight.to(hidden.dtype)
         count = len(hidden)
         losses = torch.empty(count, dtype=torch.float32, device=hidden.device)
         overlap = torch.empty_like(losses)
         draft_token = torch.empty(count, dtype=torch.int64, device=hidden.device)
-        learns = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        # `graph`: a leaf needs its gradient under `no_grad` too, so validation would compute it for nothing.
+        learns = graph and (ctx.needs_input_grad[0] or ctx.needs_input_grad[1])
         grad_hidden = torch.empty_like(hidden) if learns else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if learns else None
         for start in range(0, count, CHUNK):
@@ -116,4 +117,5 @@ class _FusedDistill(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, None, None, None, None, None
+        unneeded = (None,) * 6
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), grad_weight * grad_loss, *unneeded

@@ -29,7 +29,9 @@ class JsonlTracker:
     def __init__(self, path: Path, resume_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         kept = [line for line in _lines(path) if _step(line) <= resume_step]
-        path.write_text("".join(kept), encoding="utf-8")
+        scratch = path.with_name(f".{path.name}.tmp")  # replaced in one step: a kill here must not lose the log
+        scratch.write_text("".join(kept), encoding="utf-8")
+        scratch.replace(path)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, figures: dict[str, float]) -> None:
@@ -81,6 +83,7 @@ def _lines(path: Path) -> list[str]:
 
 def _step(line: str) -> float:
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError):  # a line cut by a kill
+        step = float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):  # a line cut by a kill
         return float("inf")
+    return step if line.endswith("\n") else float("inf")
