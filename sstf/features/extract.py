@@ -68,7 +68,7 @@ def extract(
                     rows |= dict(zip(batch, _forward(target, chosen, taps.features), strict=True))
                     bar.advance(sum(len(sample.input_ids) for sample in chosen))
                 info = write_shard(folder, index, [s.id for s in group], [rows[i] for i in range(len(group))])
-            elif info.ids != [sample.id for sample in group]:
+            elif info.ids != [s.id for s in group] or info.lengths != [len(s.input_ids) for s in group]:
                 raise DamagedDataError(
                     f"{folder / info.file} holds other conversations; delete {folder} and extract again"
                 )

@@ -91,7 +91,10 @@ def finished_shard(folder: Path, index: int) -> ShardInfo | None:
     description = folder / f"{shard_stem(index)}.json"
     if not description.exists():
         return None
-    info = ShardInfo(**_read_json(description))
+    try:
+        info = ShardInfo(**_read_json(description))
+    except TypeError as error:
+        raise DamagedDataError(f"{description}: not a shard's description ({error}); {_again(description)}") from None
     file = folder / info.file
     return info if file.exists() and file.stat().st_size == info.size else None
 
@@ -124,6 +127,11 @@ class FeatureStore:
         self.folder = folder
         manifest = _read_json(folder / "manifest.json")
         try:
+            if manifest["format"] != FORMAT:
+                raise DamagedDataError(
+                    f"{folder / 'manifest.json'}: format {manifest['format']}, this version reads {FORMAT}; "
+                    + _again(folder)
+                )
             self.target = TargetSpec.from_json(manifest["target"])
             self.layers: tuple[int, ...] = tuple(manifest["layers"])
             self.tokens: int = manifest["tokens"]
