@@ -1,6 +1,6 @@
 """Make the sample conversations that ship with the package, with their provenance beside them (about 25 minutes).
 
-    python scripts/make_sample.py [configs/smollm2-135m-instruct/sample.yaml]
+python scripts/make_sample.py [configs/smollm2-135m-instruct/sample.yaml]
 """
 
 from __future__ import annotations

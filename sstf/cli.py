@@ -81,7 +81,7 @@ def guarded(err: Console, work: Callable[[], None]) -> int:
         _complain(err, what)
         return 2
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from here", highlight=False)
+        err.print("interrupted; the same command goes on from here", highlight=False, soft_wrap=True)
         return 130
 
 

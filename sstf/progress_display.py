@@ -116,7 +116,10 @@ class _LogTask:
         total = f"/{self._total}" if self._total is not None else ""
         rate = f", {self._done / seconds:,.1f}/s" if seconds > 1 else ""
         self._console.print(
-            f"{self._label}: {self._done}{total} {self._unit} {seconds:.0f} s{rate} {note}".rstrip(), highlight=False
+            f"{self._label}: {self._done}{total} {self._unit} {seconds:.0f} s{rate} {note}".rstrip(),
+            highlight=False,
+            markup=False,
+            soft_wrap=True,
         )
 
 

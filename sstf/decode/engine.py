@@ -81,7 +81,7 @@ class SpeculativeDecoder:
             on_tokens: called with each pass's tokens, for streaming.
 
         Raises:
-            DecodeError: a value out of range, a prompt that is empty or too long, or NaN logits.
+            DecodeError: a value out of range, a prompt that is empty or too long, or logits that are not finite.
         """
         prompt = self._check(input_ids, max_new_tokens, temperature, top_p)
         budget = self.policy.total_tokens if self.head else 0
@@ -98,7 +98,7 @@ class SpeculativeDecoder:
         ids = torch.as_tensor(input_ids, dtype=torch.int64)
         if ids.ndim == 2 and len(ids) == 1:
             ids = ids[0]
-        context = self.target.spec.max_position_embeddings
+        context = self.target.context
         if ids.ndim != 1 or len(ids) < 1:
             raise DecodeError(f"input_ids has shape {list(ids.shape)}; expected one sequence of at least one token")
         if max_new_tokens < 1:
@@ -167,7 +167,7 @@ class _Run:
         draft_s = verify_s = 0.0
         while len(emitted) < max_new_tokens and emitted[-1] not in self.target.end_tokens:
             t0 = self._now()
-            tree = self.drafter.propose(features, fresh, self.policy) if self.drafter else DraftTree.empty(device)
+            tree = self._draft(features, fresh, max_new_tokens - len(emitted))
             t1 = self._now()
             verified = self._verify(emitted[-1], tree)
             kept = torch.tensor([0, *(node + 1 for node in verified.nodes)], device=device)
@@ -187,6 +187,13 @@ class _Run:
         ended = self._now()
         return Generation(emitted, lengths, Timings(prefilled - started, ended - prefilled, draft_s, verify_s))
 
+    def _draft(self, features: Tensor, fresh: Tensor, room: int) -> DraftTree:
+        """At most `room` - 1 tokens deep: the bonus token takes the last place, and the context may end there."""
+        if self.drafter is None or room == 1:
+            return DraftTree.empty(self.target.device)
+        depth = min(self.policy.depth, room - 1)
+        return self.drafter.propose(features, fresh, self.policy.model_copy(update={"depth": depth}))
+
     def _verify(self, root: int, tree: DraftTree) -> Verified:
         past, count, device = self.cache.length, len(tree) + 1, self.target.device
         mask = torch.ones(count, past + count, dtype=torch.bool, device=device)
@@ -203,17 +210,18 @@ class _Run:
         """Logits [seq, vocab] float32, or of the last position only."""
         hidden = self.target.decoder(
             ids[None],
-            attention_mask=None if mask is None else mask[None, None],
+            attention_mask=None if mask is None else self.target.mask(mask[None, None]),
             position_ids=positions[None],
             past_key_values=self.cache,
             use_cache=True,
         ).last_hidden_state[0]
         logits = self.target.frozen_head.logits(hidden[-1:] if last_only else hidden)
-        best = logits.amax(-1)  # NaN if any entry of the row is
-        if bool(best.isnan().any()):
-            row = int(best.isnan().nonzero()[0]) if not last_only else len(ids) - 1
+        bad = ~logits.amax(-1).isfinite()  # NaN if any entry of the row is
+        if bool(bad.any()):
+            row = int(bad.nonzero()[0]) if not last_only else len(ids) - 1
             raise DecodeError(
-                f"the target returned NaN logits at position {int(positions[row])}; check its weights and dtype"
+                f"the target returned NaN or infinite logits at position {int(positions[row])}; "
+                "check its weights and dtype"
             )
         return logits
 

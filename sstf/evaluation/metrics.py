@@ -58,8 +58,8 @@ def survival(records: Sequence[Record], depth: int) -> list[float]:
 
 def acceptance_rate(survived: Sequence[float]) -> list[float | None]:
     """Conditional on the position before; None where no pass got there."""
-    before = [1.0, *survived[:-1]]
-    return [now / then if then else None for now, then in zip(survived, before, strict=True)]
+    before = [1.0, *survived]  # one longer: nothing follows the last position
+    return [now / then if then else None for now, then in zip(survived, before, strict=False)]
 
 
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:

@@ -104,7 +104,7 @@ def _table(rows: Sequence[Row], first: str) -> list[str]:
         "|---|" + ("---|" if first == "category" else "") + "---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        name = f"| {r.arm} |" + (f" {r.category} |" if first == "category" else "")
+        name = f"| {r.arm} |" + (f" {_cell(r.category)} |" if first == "category" else "")
         same = "" if r.identical is None else f"{r.identical:.0%}"
         out.append(
             f"{name} {r.temperature:g} | {r.accepted_length:.2f} ({r.accepted_length_ci[0]:.2f} to "
@@ -112,6 +112,10 @@ def _table(rows: Sequence[Row], first: str) -> list[str]:
             f"{r.speedup_ci[1]:.2f}) | {r.draft_ms:.1f} | {r.verify_ms:.1f} | {same} | {r.void or ''} |"
         )
     return out
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _list(values: Sequence[float | None]) -> str:

@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor
 
 from sstf.config_loading import Section
-from sstf.data.atomic import write_bytes_atomic
 from sstf.data.progress import Progress
 from sstf.errors import DamagedDataError, TargetError
 from sstf.features.spec import FeatureSpec
@@ -50,10 +49,7 @@ def extract(
         )
     frozen = folder / "frozen.safetensors"
     if not frozen.exists():
-        scratch = folder / "frozen.part"
-        target.frozen_head.save(scratch)
-        write_bytes_atomic(frozen, scratch.read_bytes())
-        scratch.unlink()
+        target.frozen_head.save(frozen)
     infos: list[ShardInfo] = []
     with (
         progress.start("features", sum(len(sample.input_ids) for sample in samples), "tokens") as bar,

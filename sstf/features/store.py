@@ -46,7 +46,7 @@ class ShardInfo:
 
 @dataclass(frozen=True)
 class Features:
-    """Stored rows of one conversation, `seq` tokens."""
+    """Stored rows of one conversation, `seq` tokens. A store hands out views of its files: copy before writing."""
 
     features: Tensor  # [seq, taps]
     hidden: Tensor  # [seq, hidden]
@@ -147,7 +147,7 @@ class FeatureStore:
             found = file.stat().st_size if file.exists() else None
             if found != shard.size:
                 what = "is missing" if found is None else f"has {found} bytes, expected {shard.size}"
-                raise DamagedDataError(f"{file} {what}; {_again(folder)}")
+                raise DamagedDataError(f"{file} {what}; {_again(file)}")
         self._where = [
             (shard, start)
             for shard, info in enumerate(self.shards)
@@ -189,7 +189,7 @@ class FeatureStore:
         """The frozen parts of the target that the store was made with."""
         path = self.folder / "frozen.safetensors"
         if not path.exists() or _sha256(path) != self._frozen_sha256:
-            raise DamagedDataError(f"{path} is missing or altered; {_again(self.folder)}")
+            raise DamagedDataError(f"{path} is missing or altered; {_again(path)}")
         return FrozenHead.load(path)
 
     def _shard(self, index: int) -> Any:
@@ -202,10 +202,19 @@ class FeatureStore:
                 self._open[index] = safe_open(path, framework="pt").__enter__()
             except (OSError, SafetensorError) as error:
                 raise DamagedDataError(f"{path}: cannot be read ({error}); {_again(path)}") from error
+            rows = self._open[index].get_slice("input_ids").get_shape()[0]
+            if rows != sum(info.lengths):
+                raise DamagedDataError(
+                    f"{self.folder / 'manifest.json'}: gives {info.file} {sum(info.lengths)} tokens, it holds {rows}; "
+                    + _again(self.folder)
+                )
         return self._open[index]
 
 
 def _again(path: Path) -> str:
+    if path.suffix and path.name != "manifest.json":
+        # Without its manifest a store counts as unfinished: extraction makes what is missing and keeps the rest.
+        return f"delete {path.name} and the manifest.json beside it, and run `sstf extract` again"
     return f"delete {path} and run `sstf extract` again"
 
 

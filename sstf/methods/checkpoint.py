@@ -114,6 +114,10 @@ def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
     method = build_method(stored.config)
     if not isinstance(method, TrainableMethod):
         raise HeadError(f"method {stored.config.kind} has no head to load")
+    if "d2t" not in stored.tensors:
+        raise HeadError(
+            f"the stored tensors do not fit method {stored.config.kind}: there is no draft vocabulary (d2t)"
+        )
     draft_tokens = stored.tensors["d2t"] + torch.arange(len(stored.tensors["d2t"]))
     module = method.build_head(stored.target, frozen, draft_tokens.to(frozen.embeddings.device))
     try:

@@ -132,7 +132,8 @@ class Eagle3Method:
 
 
 def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
-    """Copy the target's last decoder layer: fc passes the highest tap on, attention reads only the feature half.
+    """Copy the target's last decoder layer: fc passes the highest tap on, attention reads the feature half
+    as the target's layer reads its input (the embedding half starts at random).
 
     A parameter that the layer lacks, or that has another shape (a target that is not Llama-like), keeps its random
     start. So the head begins as a rough early exit of the target, not as noise.

@@ -57,7 +57,8 @@ class NgramDrafter:
         self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token behind it
 
     def propose(self, features: Tensor, tokens: Tensor, policy: Chain | DynamicTree) -> DraftTree:
-        """A chain of at most `policy.depth` tokens, empty when nothing matches."""
+        """A chain of at most `policy.depth` and `policy.total_tokens` tokens, empty when nothing matches."""
+        room = min(policy.depth, policy.total_tokens)
         for token in tokens.tolist():
             # Indexed before the token joins: an n-gram is worth finding only once something stands behind it.
             for n in range(self.config.min_n, self.config.max_n + 1):
@@ -67,6 +68,6 @@ class NgramDrafter:
         for n in range(self.config.max_n, self.config.min_n - 1, -1):
             start = self.ends.get(tuple(self.history[-n:])) if len(self.history) >= n else None
             if start is not None:
-                found = torch.tensor(self.history[start : start + policy.depth], device=self.device)
+                found = torch.tensor(self.history[start : start + room], device=self.device)
                 return DraftTree(found, torch.arange(-1, len(found) - 1, device=self.device))
         return DraftTree.empty(self.device)

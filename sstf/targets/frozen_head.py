@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from sstf.data.atomic import write_bytes_atomic
 from sstf.errors import DamagedDataError, TargetError
 
 
@@ -63,7 +64,8 @@ class FrozenHead:
             tensors["lm_head"] = self.lm_head
         tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
         tensors["logit_transform"] = torch.tensor([self.softcap, self.scale], dtype=torch.float64)
-        save_file({name: tensor.detach().contiguous() for name, tensor in tensors.items()}, path)
+        # Not safetensors' own `save_file`: it hides a full disk in an error of its own kind.
+        write_bytes_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
     @staticmethod
     def load(path: Path) -> FrozenHead:

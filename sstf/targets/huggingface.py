@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
@@ -125,6 +126,27 @@ class Target:
             )
         return LayerTaps(self.layers, ids)
 
+    @property
+    def context(self) -> int:
+        """Tokens that a sequence decoded here may have: the target's context, or its sliding window.
+
+        The masks made for batches and draft trees know no window, so they would show too much beyond it.
+        """
+        fields = self.model.config.get_text_config().to_dict()
+        window = fields.get("sliding_window")
+        slides = window and "sliding_attention" in (fields.get("layer_types") or ["sliding_attention"])
+        return min(self.spec.max_position_embeddings, int(window)) if slides else self.spec.max_position_embeddings
+
+    def mask(self, allowed: Tensor) -> Tensor:
+        """An attention mask from `allowed` (bool, True where attention is), in the form that the model takes.
+
+        SDPA takes it as it is; transformers' eager attention would ADD it to the scores, as 0 and 1.
+        """
+        if self.model.config._attn_implementation == "sdpa":
+            return allowed
+        lowest = torch.finfo(self.dtype).min
+        return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, lowest)
+
     def new_cache(self, capacity: int, batch: int = 1) -> PreallocatedCache:
         """An empty key/value cache with room for `capacity` tokens a row."""
         return PreallocatedCache(self.spec.num_layers, batch, capacity)
@@ -147,8 +169,10 @@ def load_target(
         trust_remote_code: run modeling code that ships with the weights. Off: it is somebody else's code.
 
     Raises:
-        TargetError: nothing loadable under that name, or an architecture that cannot be tapped.
+        TargetError: nothing loadable under that name, weights that are missing or cut off, an architecture that cannot
+            be tapped, or a device that is not there.
     """
+    where = _device(device)
     torch_dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     path = locate(name_or_path)
     if path.startswith((".", "/", "~")) or name_or_path in EMBEDDED:
@@ -160,16 +184,39 @@ def load_target(
         path = str(folder)
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        model = AutoModelForCausalLM.from_pretrained(
-            path, revision=revision, dtype=torch_dtype, trust_remote_code=trust_remote_code, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            path,
+            revision=revision,
+            dtype=torch_dtype,
+            trust_remote_code=trust_remote_code,
+            use_safetensors=True,
+            output_loading_info=True,
         )
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise TargetError(
             f"target {name_or_path}: cannot be loaded ({first_line}); expected an embedded name "
             f"({', '.join(EMBEDDED)}), a local model folder with safetensors, or a reachable hub id"
         ) from error
-    where = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    model, loading = loaded
+    missing = sorted(loading["missing_keys"])
+    if missing:  # transformers fills them with noise
+        raise TargetError(
+            f"target {name_or_path}: its weights lack {', '.join(missing[:3])}{' and others' * (len(missing) > 3)}; "
+            "copy or download it again"
+        )
     name = name_or_path if name_or_path in EMBEDDED else Path(path).name if Path(path).is_dir() else name_or_path
     module: nn.Module = model
     return Target(name, module.to(where), tokenizer)
+
+
+def _device(name: str) -> torch.device:
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # the latter where torch was built without CUDA
+        raise TargetError(
+            f"target.device is {name!r}, which this machine or this build of torch does not have; expected auto, cpu, "
+            "or cuda:N of a GPU that is there"
+        ) from error

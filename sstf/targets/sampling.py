@@ -58,10 +58,12 @@ class BatchSampler:
             One result a prompt, in order; an end token is part of `token_ids`.
 
         Raises:
-            DataError: an empty prompt, or one that leaves no room in the target's context.
+            DataError: an empty prompt, one that leaves no room in the target's context, or nothing to write.
         """
-        limit = self.target.spec.max_position_embeddings
+        limit = self.target.context
         for index, (prompt, p) in enumerate(zip(prompts, params, strict=True)):
+            if p.max_new_tokens < 1:
+                raise DataError(f"prompt {index} has max_new_tokens {p.max_new_tokens}; expected at least 1")
             if not prompt or len(prompt) + p.max_new_tokens > limit:
                 raise DataError(
                     f"prompt {index} has {len(prompt)} tokens; expected between 1 and {limit - p.max_new_tokens} "
@@ -141,7 +143,7 @@ class BatchSampler:
         cache.write_rows(torch.tensor(rows, device=device), positions, visible)
         output = self.target.decoder(
             ids.to(device),
-            attention_mask=causal_mask(positions, visible),
+            attention_mask=self.target.mask(causal_mask(positions, visible)),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

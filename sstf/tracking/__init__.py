@@ -55,7 +55,9 @@ class WandbTracker:
                 "train.trackers names wandb, which is not installed; run `pip install sstf[wandb]`"
             ) from None
         # WANDB_MODE, where it is set, decides; wandb reads it itself when mode is None.
-        mode: Literal["offline"] | None = None if os.environ.get("WANDB_MODE") or wandb.api.api_key else "offline"
+        mode: Literal["offline"] | None = (
+            None if os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False) else "offline"
+        )
         folder.mkdir(parents=True, exist_ok=True)
         self._run = wandb.init(project="sstf", name=name, dir=str(folder), config=config, mode=mode)
 
@@ -72,9 +74,9 @@ def open_trackers(
     names: Iterable[TrackerName], run_name: str, folder: Path, config: dict[str, Any], resume_step: int
 ) -> list[Tracker]:
     """The JSONL tracker and those named."""
-    trackers: list[Tracker] = [JsonlTracker(folder / "metrics.jsonl", resume_step)]
-    trackers += [WandbTracker(run_name, folder / "wandb", config) for name in names if name == "wandb"]
-    return trackers
+    # Those that can fail come first, so that no file is left open.
+    named = [WandbTracker(run_name, folder, config) for name in names if name == "wandb"]
+    return [JsonlTracker(folder / "metrics.jsonl", resume_step), *named]
 
 
 def _lines(path: Path) -> list[str]:

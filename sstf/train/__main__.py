@@ -11,10 +11,12 @@ import argparse
 import os
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from sstf.cli import guarded
 from sstf.data.progress import NoProgress, Progress
+from sstf.errors import ConfigError
 from sstf.pipeline import load_run
 from sstf.progress_display import display
 
@@ -33,7 +35,20 @@ def main() -> int:
     err = Console(stderr=True)
     # One display is enough: every process would draw the same bars.
     progress: Progress = display(err) if os.environ.get("RANK", "0") == "0" else NoProgress()
-    return guarded(err, lambda: load_run(args.config, args.overrides, progress).train_only())
+    return guarded(err, lambda: _train(args.config, args.overrides, progress))
+
+
+def _train(path: Path, overrides: list[str], progress: Progress) -> None:
+    if "WORLD_SIZE" not in os.environ:
+        # `accelerate launch --cpu --num_processes 2` does this, and nothing tells us that two were asked for.
+        raise ConfigError(
+            "the launcher started this process alone; for several processes give it a configuration such as "
+            "configs/accelerate/cpu-2.yaml, for one process use `sstf train`"
+        )
+    load_run(path, overrides, progress).train_only()
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

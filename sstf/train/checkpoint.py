@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from sstf.data.atomic import write_bytes_atomic, write_json_atomic
+from sstf.data.atomic import sync_folder, write_bytes_atomic, write_json_atomic
 from sstf.errors import DamagedDataError
 
 
@@ -57,6 +57,7 @@ def save_checkpoint(
     write_json_atomic(scratch / "progress.json", asdict(progress) | {"sha256": digests})
     shutil.rmtree(final, ignore_errors=True)
     scratch.rename(final)
+    sync_folder(folder)  # before an older one goes
     for old in list_checkpoints(folder)[:-keep]:
         shutil.rmtree(old)
 
@@ -84,15 +85,19 @@ def load_checkpoint(path: Path, head: nn.Module, optimizer: torch.optim.Optimize
                 )
             tensors[file] = load(data)
         head.load_state_dict(tensors["head.safetensors"], strict=True)
+        _load_optimizer(optimizer, [name for name, _ in head.named_parameters()], tensors["optimizer.safetensors"])
     except (OSError, ValueError, TypeError, KeyError, RuntimeError) as error:
         raise DamagedDataError(
             f"{path}: unreadable checkpoint ({error}); delete it to go on from an earlier one"
         ) from error
-    state = tensors["optimizer.safetensors"]
-    for name, parameter in head.named_parameters():
-        own = {key.split(".", 1)[0]: value for key, value in state.items() if key.split(".", 1)[1] == name}
-        # `step` stays on the CPU unless the optimiser is fused on a GPU; it was saved from wherever it lives.
-        optimizer.state[parameter] = {
-            key: value.clone() if key == "step" else value.to(parameter.device) for key, value in own.items()
-        }
     return progress
+
+
+def _load_optimizer(optimizer: torch.optim.Optimizer, names: list[str], tensors: dict[str, Tensor]) -> None:
+    """Restore the state of the parameters `names`, in the order in which the optimiser got them."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        kind, name = key.split(".", 1)
+        state.setdefault(names.index(name), {})[kind] = value
+    # torch's own loader knows which tensors go to the parameter's device (a fused optimiser's `step` does).
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

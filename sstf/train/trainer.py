@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,15 +34,23 @@ from sstf.types import FeatureBatch, StepOutput
 
 
 class HeadWithLoss(nn.Module):
-    """Head and objective as one module, so that DDP and its kin see a single forward whatever the head unrolls."""
+    """Head and objective as one module, so that DDP and its kin see a single forward whatever the head unrolls.
 
-    def __init__(self, method: TrainableMethod, head: nn.Module, frozen: FrozenHead) -> None:
+    Parameters stay float32; under `precision` bf16 the products run in bfloat16. This is not left to accelerate,
+    which fixes the precision once per Python process.
+    """
+
+    def __init__(self, method: TrainableMethod, head: nn.Module, frozen: FrozenHead, precision: str) -> None:
         super().__init__()
         self.method, self.head, self.frozen = method, head, frozen
+        self.bf16 = precision == "bf16"
+        # Buffers are the same everywhere and never change; DDP would send the embeddings around in every forward.
+        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
 
     def forward(self, batch: FeatureBatch) -> StepOutput:
         """Summed loss and counts of one batch."""
-        return self.method.loss(self.head, batch, self.frozen)
+        with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=self.bf16):
+            return self.method.loss(self.head, batch, self.frozen)
 
 
 @dataclass(frozen=True)
@@ -81,9 +89,7 @@ class Trainer:
     ) -> None:
         self.store, self.method, self.method_config, self.config = store, method, method_config, config
         self.folder, self.seed = folder, seed
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if config.precision == "bf16" else "no", cpu=not torch.cuda.is_available()
-        )
+        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
         self._check_launch()
         spec = method.feature_spec(store.target)
         if spec.layers != store.layers:
@@ -100,7 +106,7 @@ class Trainer:
         torch.manual_seed(seed)
         frozen = store.frozen_head().to(self.accelerator.device)
         head = method.build_head(store.target, frozen, draft_tokens.to(self.accelerator.device))
-        self.module = HeadWithLoss(method, head.to(self.accelerator.device), frozen)
+        self.module = HeadWithLoss(method, head.to(self.accelerator.device), frozen, config.precision)
         optimizer = torch.optim.AdamW(
             head.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
         )
@@ -164,7 +170,9 @@ class Trainer:
             else []
         )
         started, start_tokens = time.perf_counter(), self.progress.trained_tokens
-        with bars.start("training", len(self.plan), "steps") as bar:
+        with ExitStack() as closing, bars.start("training", len(self.plan), "steps") as bar:
+            for tracker in trackers:
+                closing.callback(tracker.close)
             bar.advance(self.progress.step)
             while self.progress.step < len(self.plan):
                 figures = self.train_step()
@@ -178,16 +186,14 @@ class Trainer:
                     self._validate_and_choose(trackers)
                 if done or self.progress.step % self.config.checkpoint_every == 0:
                     self._checkpoint()
-        seconds = time.perf_counter() - started
-        for tracker in trackers:
-            tracker.close()
+            seconds = time.perf_counter() - started
         return {
             "steps": len(self.plan),
             "trained_tokens": self.progress.trained_tokens,
             "tokens_per_second": round((self.progress.trained_tokens - start_tokens) / seconds, 1)
             if seconds > 0
             else 0.0,
-            "simulated_accepted_length": self.progress.best,
+            "simulated_accepted_length": self.progress.best if self.held_out else None,
             "best_step": self.progress.best_step,
             "draft_vocab_coverage": self.coverage,
             "processes": self.accelerator.num_processes,
@@ -219,10 +225,11 @@ class Trainer:
                 parameter.grad.mul_(accelerator.num_processes / valid)
         norm = torch.nn.utils.clip_grad_norm_(self.module.head.parameters(), config.clip)
         if not bool(torch.isfinite(norm)):
-            names = [self.store.ids[i] for i in sum(self.plan[step], [])]
+            names = [self.store.ids[i] for batch in self.plan[step] for i in batch]
             raise DataError(
-                f"step {step}: the gradient is not finite; the step's conversations are {', '.join(names[:8])}; look at "
-                "their features, or lower train.learning_rate"
+                f"step {step}: the gradient is not finite; the step's conversations are {', '.join(names[:8])}"
+                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; look at their features, or lower "
+                "train.learning_rate"
             )
         self.optimizer.step()
         self.optimizer.zero_grad()
@@ -240,6 +247,7 @@ class Trainer:
     def _validate_and_choose(self, trackers: list[Tracker]) -> None:
         """Keep the head with the highest simulated accepted length; loss may fall while acceptance falls too."""
         if not self.held_out:
+            self.progress.best_step = self.progress.step
             self._save_head({})
             return
         result = self.validate()
@@ -261,17 +269,18 @@ class Trainer:
         self.module.eval()
         lengths = [self.store.lengths[i] - 2 for i in self.held_out]
         batches = epoch_batches(lengths, self.config.batch_tokens, self.seed, 0)
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
         sums: Tensor | None = None
         accepted = torch.zeros(2, device=accelerator.device)
-        for batch in batches[accelerator.process_index :: accelerator.num_processes]:
-            with accelerator.autocast():
-                output = self.module(self._load([self.held_out[i] for i in batch]))
+        for batch in mine or batches[:1]:
+            output = self.module(self._load([self.held_out[i] for i in batch]))
             part = torch.stack([output.valid, output.losses, output.hits, output.overlap])
             sums = part if sums is None else sums + part
             chains = accepted_drafts(output.chain_hits)
             accepted += torch.tensor([chains.sum(), len(chains)], device=accelerator.device)
-        if sums is None:  # more processes than batches
-            sums = torch.zeros(4, self.method_config.ttt_steps, device=accelerator.device)
+        assert sums is not None
+        if not mine:  # more processes than batches: only the shape was needed
+            sums, accepted = torch.zeros_like(sums), torch.zeros_like(accepted)
         sums, accepted = accelerator.reduce(sums, "sum"), accelerator.reduce(accepted, "sum")
         means = (sums[1:] / sums[0].clamp_min(1.0)).tolist()
         return Validation(1 + float(accepted[0] / accepted[1].clamp_min(1.0)), means[1], means[2], means[0])

@@ -67,16 +67,16 @@ def grow(
             returns [width, draft_vocab] log draft_probs of the next token.
         draft_tokens: target ids of the draft vocabulary.
     """
-    width = min(policy.top_k, root_log_probs.shape[-1])
-    scores, tokens = root_log_probs.topk(width)
+    each = min(policy.top_k, root_log_probs.shape[-1])  # candidates a node
+    scores, tokens = root_log_probs.topk(each)
     parents = torch.full_like(tokens, -1)
     all_scores, all_tokens, all_parents = [scores], [tokens], [parents]
-    beam = torch.arange(width, device=tokens.device)  # positions in this level of the nodes to expand
+    beam = torch.arange(each, device=tokens.device)  # positions in this level of the nodes to expand
     beam_parents = torch.zeros_like(tokens)
     offset = 0  # node index of this level's first candidate
     for _ in range(1, policy.depth):
         log_probs = expand(beam_parents, tokens[beam])
-        level, token = log_probs.topk(width, dim=-1)  # [width, top_k]
+        level, token = log_probs.topk(each, dim=-1)  # [width, each]
         parents = (offset + beam)[:, None].expand_as(token).flatten()
         offset += len(tokens)
         scores = (scores[beam][:, None] + level).flatten()
@@ -84,8 +84,8 @@ def grow(
         all_scores.append(scores)
         all_tokens.append(tokens)
         all_parents.append(parents)
-        beam = scores.topk(width).indices.sort().values
-        beam_parents = beam // width
+        beam = scores.topk(min(policy.top_k, len(scores))).indices.sort().values
+        beam_parents = beam // each
     flat_scores = torch.cat(all_scores)
     # Stable, so that among equal scores the earlier node wins: a parent before its child.
     best = flat_scores.sort(descending=True, stable=True).indices[: policy.total_tokens].sort().values

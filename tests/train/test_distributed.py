@@ -1,0 +1,116 @@
+"""Several processes, started by the launcher that the documentation names, train the head that one process trains."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from tiny_store import make_trainer, metrics, train, train_config
+
+from sstf.data.progress import NoProgress
+from sstf.features import FeatureStore
+from sstf.methods.checkpoint import read_head
+from sstf.pipeline import load_run
+
+ROOT = Path(__file__).parents[2]
+CPU_2 = ROOT / "configs" / "accelerate" / "cpu-2.yaml"
+
+
+def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
+    paths = [str(ROOT), str(Path(__file__).parent)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    return subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_two_processes_train_the_same_head_as_one(store: FeatureStore, tmp_path: Path) -> None:
+    config = train_config(batches_per_step=2)
+    one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
+    train(store, one, config)
+    # A run that one process began and two go on with.
+    begun = make_trainer(store, resumed, config)
+    while begun.progress.step < 5:
+        begun.train_step()
+    begun._checkpoint()
+
+    script = str(Path(__file__).with_name("two_processes.py"))
+    done = launch("--config_file", str(CPU_2), script, str(store.folder), str(two), str(resumed))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+
+    last = "checkpoints/step-00000012/head.safetensors"
+    expected = load_file(one / last)
+    for folder in (two, resumed):
+        found = load_file(folder / last)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=0, atol=1e-5, msg=f"{folder.name} {name}")
+    for row, same in zip(metrics(two), metrics(one), strict=True):
+        assert row.keys() == same.keys()
+        for name, value in same.items():
+            torch.testing.assert_close(row[name], value, rtol=1e-3, atol=1e-4, msg=name)
+    # The chosen heads agree too.
+    chosen = [json.loads((folder / "head" / "head.json").read_text())["run"]["step"] for folder in (one, two)]
+    assert chosen[0] == chosen[1]
+
+
+def test_a_launch_that_falls_back_to_one_process_is_refused(tmp_path: Path) -> None:
+    """`--cpu --num_processes 2` starts one process and says nothing."""
+    config = tmp_path / "run.yaml"
+    config.write_text("name: tiny\n")
+    done = launch("--cpu", "--num_processes", "2", "--module", "sstf.train", str(config))
+    assert done.returncode != 0
+    assert "started this process alone" in done.stderr
+    assert "configs/accelerate/cpu-2.yaml" in done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_the_training_stage_of_a_run_on_two_processes(tiny_target_folder: Path, tmp_path: Path) -> None:
+    """`sstf extract`, then the launcher: the stage is marked as finished, with what the processes trained."""
+    rows = [
+        {
+            "id": f"c{i}",
+            "messages": [
+                {"role": "user", "content": f"Hello {i}?"},
+                {"role": "assistant", "content": f"Hi, number {i * 37} it is."},
+            ],
+        }
+        for i in range(12)
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = tmp_path / "run.yaml"
+    config.write_text(
+        f"""
+name: tiny
+output_dir: {tmp_path / "run"}
+target: {{name: {tiny_target_folder}, dtype: float32, device: cpu}}
+data:
+  source: {{kind: jsonl, path: {tmp_path / "rows.jsonl"}}}
+  answers: {{kind: keep}}
+  max_length: 128
+method: {{kind: eagle3, ttt_steps: 2, draft_vocab_size: 200}}
+train: {{steps: 4, batch_tokens: 128, batches_per_step: 2, precision: fp32, validation_conversations: 3}}
+"""
+    )
+    run = load_run(config, [], NoProgress())
+    arguments = ("--config_file", str(CPU_2), "--module", "sstf.train", str(config))
+    early = launch(*arguments)
+    assert early.returncode != 0
+    assert "the features of this configuration are missing; run `sstf extract`" in early.stderr
+    run.up_to("extract")
+    done = launch(*arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    summary = run.summary("train")
+    assert summary is not None
+    assert (summary["processes"], summary["steps"]) == (2, 4)
+    assert read_head(run.folder("train") / "head").run["step"] == summary["best_step"]
