@@ -167,7 +167,7 @@ def test_empty_missing_and_damaged_files(tmp_path: Path) -> None:
 
 
 def test_missing_sample_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "SAMPLE_NAME", "no-such-sample")
+    monkeypatch.setattr(module, "SAMPLE", Path("no-such-sample.jsonl.gz"))
     with pytest.raises(DataError, match=r"sample no-such-sample\.jsonl\.gz is missing"):
         read_conversations(DataConfig(source=SampleSource()))
 

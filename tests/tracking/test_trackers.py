@@ -63,7 +63,11 @@ def test_wandb_never_stops_to_ask_for_a_key(
         started.update(settings)
         return run
 
-    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(api=SimpleNamespace(api_key=key), init=init))
+    def login(*, prompt: bool, verify: bool) -> bool:
+        assert not prompt
+        return key is not None
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(login=login, init=init))
     monkeypatch.delenv("WANDB_MODE", raising=False)
     if mode:
         monkeypatch.setenv("WANDB_MODE", mode)
