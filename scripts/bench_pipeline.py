@@ -19,9 +19,9 @@ from pathlib import Path
 
 import torch
 
+from sstf.data.chat_template import render, render_prompt
 from sstf.data.config import DataConfig, KeepAnswers, SampleSource
 from sstf.data.conversations import read_conversations
-from sstf.data.chat_template import render, render_prompt
 from sstf.data.progress import NoProgress
 from sstf.evaluation import hardware
 from sstf.features import ExtractConfig, FeatureStore, extract

@@ -172,7 +172,7 @@ class _Run:
             verified = self._verify(emitted[-1], tree)
             kept = torch.tensor([0, *(node + 1 for node in verified.nodes)], device=device)
             features = self._features(len(tree) + 1)[kept]
-            if len(kept) == len(tree) + 1:  # nothing to drop
+            if verified.nodes == list(range(len(verified.nodes))):  # they lie where they belong: always so in a chain
                 self.cache.advance(len(kept))
             else:
                 self.cache.keep(kept)

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from sstf.data.chat_template import render_prompt
 from sstf.data.progress import NoProgress
 from sstf.decode import SpeculativeDecoder
-from sstf.data.chat_template import render_prompt
 from sstf.evaluation import load_suite
 from sstf.methods.checkpoint import load_head
 from sstf.pipeline import load_run
