@@ -247,7 +247,10 @@ class Run:
         """
         if self._target is None:
             t = self.config.target
-            target = load_target(t.name, t.dtype, t.device, t.revision, t.trust_remote_code)
+            # The first time, the embedded target is also converted, which takes half a minute.
+            with self.progress.start(f"loading {t.name}", 1, "target") as bar:
+                target = load_target(t.name, t.dtype, t.device, t.revision, t.trust_remote_code)
+                bar.advance(1)
             self.method.feature_spec(target.spec)  # checks the layers, before hours go into the target's answers
             self._target = target
         return self._target
