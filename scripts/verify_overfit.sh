@@ -6,7 +6,7 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 config=configs/smollm2-135m-instruct/overfit.yaml
-.venv/bin/sstf run "$config"
+.venv/bin/sstf export "$config"
 folders=$(.venv/bin/python - "$config" <<'PY'
 import sys
 from pathlib import Path
@@ -17,4 +17,4 @@ print(run.folder("export") / "vllm", run.folder("data") / "conversations.jsonl")
 PY
 )
 read -r head conversations <<<"$folders"
-exec scripts/verify_vllm.sh "$head" --prompts "$conversations" --limit 8 --depth 3 --max-tokens 96 "$@"
+exec scripts/verify_vllm.sh "$head" --prompts "$conversations" --limit 8 --depth 3 --max-tokens 96 --dtype float32 "$@"

@@ -14,6 +14,7 @@
 #
 # Options
 #   --target DIR         target model folder (default: sstf.targets.locate('smollm2-135m-instruct'))
+#   --dtype D            of target and head in vLLM (default bfloat16)
 #   --depth K            draft tokens per verify pass (default 3)
 #   --prompts FILE       JSON lines with "prompt" or "messages" (default: the built-in suite)
 #   --limit N            number of prompts, taken from the top of the file (default 10)
@@ -38,15 +39,16 @@ fail() { echo "verify_vllm: $*" >&2; exit 1; }
 usage() { sed -n '2,/^set -euo/p' "${BASH_SOURCE[0]}" | sed -n 's/^# \{0,1\}//p'; }
 
 # --- arguments --------------------------------------------------------------------------------
-head_dir='' target='' depth=3 limit=10 max_tokens=64 json='' start_timeout=300 run_timeout=1200
+head_dir='' target='' dtype=bfloat16 depth=3 limit=10 max_tokens=64 json='' start_timeout=300 run_timeout=1200
 prompts=$repo/sstf/evaluation/suites/builtin.jsonl install_only=false
 while (($#)); do
   case $1 in
     -h | --help) usage; exit 0 ;;
     --install-only) install_only=true; shift; continue ;;
-    --target | --depth | --prompts | --limit | --max-tokens | --json | --start-timeout | --run-timeout)
+    --target | --dtype | --depth | --prompts | --limit | --max-tokens | --json | --start-timeout | --run-timeout)
       (($# >= 2)) || fail "$1 wants a value." ;;&
     --target) target=$2; shift 2 ;;
+    --dtype) dtype=$2; shift 2 ;;
     --depth) depth=$2; shift 2 ;;
     --prompts) prompts=$2; shift 2 ;;
     --limit) limit=$2; shift 2 ;;
@@ -149,7 +151,7 @@ measure() {
   VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-1} VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 \
     setsid "$venv/bin/python" -m vllm.entrypoints.openai.api_server \
     --model "$target" --served-model-name target --host 127.0.0.1 --port "$port" \
-    --dtype bfloat16 --enforce-eager --generation-config vllm \
+    --dtype "$dtype" --enforce-eager --generation-config vllm \
     --max-model-len "$MAX_MODEL_LEN" --max-num-seqs "$MAX_NUM_SEQS" "$@" \
     >"$log" 2>&1 </dev/null &
   server_pid=$!

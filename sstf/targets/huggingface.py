@@ -17,6 +17,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sstf.config_loading import Section
 from sstf.errors import TargetError
+from sstf.targets.attention import NAME as GROUPED_SDPA
+from sstf.targets.attention import use_grouped_sdpa
 from sstf.targets.cache import PreallocatedCache
 from sstf.targets.embedded import EMBEDDED, locate
 from sstf.targets.frozen_head import FrozenHead, read_frozen_head
@@ -79,6 +81,7 @@ class Target:
 
     def __init__(self, name: str, model: Any, tokenizer: PreTrainedTokenizerBase) -> None:
         self.model = model.eval().requires_grad_(False)
+        use_grouped_sdpa(self.model)
         self.tokenizer = tokenizer
         self.spec: TargetSpec = describe(name, model.config, model)
         self.decoder: nn.Module = model.get_decoder()
@@ -142,7 +145,7 @@ class Target:
 
         SDPA takes it as it is; transformers' eager attention would ADD it to the scores, as 0 and 1.
         """
-        if self.model.config._attn_implementation == "sdpa":
+        if self.model.config._attn_implementation in ("sdpa", GROUPED_SDPA):
             return allowed
         lowest = torch.finfo(self.dtype).min
         return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, lowest)

@@ -1,6 +1,6 @@
 """The whole path on the real target: eight conversations learned by heart must be drafted almost perfectly.
 
-The parity with vLLM is `scripts/verify_overfit.sh`: it serves this very head.
+The same head served by vLLM: `scripts/verify_overfit.sh`.
 """
 
 from __future__ import annotations
