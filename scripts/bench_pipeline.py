@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import tempfile
 import time
@@ -36,6 +35,14 @@ from sstf.types import SamplingParams, TokenSample
 
 def emit(**figures: object) -> None:
     print(json.dumps(figures), flush=True)
+
+
+def peak_rss_gib() -> float:
+    """Peak resident memory of this process. Not `ru_maxrss`, which a child inherits from the process that started it."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return round(int(line.split()[1]) / 2**20, 3)
+    raise RuntimeError("this system does not report VmHWM")
 
 
 def samples_of(target: Target, count: int, max_length: int) -> list[TokenSample]:
@@ -99,7 +106,7 @@ def bench_regeneration(target: Target, prompts: int, new_tokens: int, slots: int
 
 
 def _train_process(store: str, ttt_steps: int, steps: int, queue: multiprocessing.Queue) -> None:
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_rss_gib()
     method_config = Eagle3Config(ttt_steps=ttt_steps, draft_vocab_size=8192)
     config = TrainConfig(
         steps=steps, batch_tokens=1024, validation_conversations=0, validate_every=10**6, checkpoint_every=10**6
@@ -118,8 +125,8 @@ def _train_process(store: str, ttt_steps: int, steps: int, queue: multiprocessin
         {
             "tokens_per_second": round(tokens / seconds, 1),
             "seconds_a_step": round(seconds / (steps - 1), 3),
-            "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 3),
-            "rss_after_import_gib": round(before / 2**20, 3),
+            "peak_rss_gib": peak_rss_gib(),
+            "rss_after_import_gib": before,
         }
     )
 

@@ -78,7 +78,12 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
 
 def dump(model: Section) -> str:
     """Write the effective configuration, defaults included, as YAML that `load` reads back to an equal value."""
-    return yaml.dump(model.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    content = model.model_dump(mode="json")
+    text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    # Raw, PyYAML's line separators beyond ASCII are read back as spaces; then everything beyond ASCII is escaped.
+    if any(separator in text for separator in "\x85\u2028\u2029"):
+        text = yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=False, width=120)
+    return text
 
 
 # ---- the YAML dialect ------------------------------------------------------------------------------------------------

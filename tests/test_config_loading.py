@@ -341,6 +341,14 @@ def test_load_reads_back_what_dump_writes(config, tmp_path_factory):
     assert load(Run, path) == config
 
 
+@pytest.mark.parametrize("separator", ["\x85", "\u2028", "\u2029"])
+def test_line_separators_beyond_ascii_survive_a_dump(separator, tmp_path):
+    config = Run(name=f"a{separator}b", train=Train(steps=3), method=Ngram())
+    path = tmp_path / "dumped.yaml"
+    path.write_text(dump(config), encoding="utf-8", newline="")
+    assert load(Run, path) == config
+
+
 def test_dump_shows_defaults_and_keeps_the_field_order():
     assert dump(Run(train=Train(steps=3), method=Ngram())) == (
         "name: run\nverbose: false\n"
