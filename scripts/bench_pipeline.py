@@ -38,7 +38,7 @@ def emit(**figures: object) -> None:
 
 
 def peak_rss_gib() -> float:
-    """Peak resident memory of this process. Not `ru_maxrss`, which a child inherits from the process that started it."""
+    """Peak resident memory of this process; `ru_maxrss` would include what a child inherits from its parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return round(int(line.split()[1]) / 2**20, 3)
