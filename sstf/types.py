@@ -85,12 +85,19 @@ class StepOutput:
 class DraftTree:
     """Candidate continuations of one sequence. The root (the last emitted token) is not a node.
 
-    Nodes come in an order in which parents precede children; among siblings, the better comes first.
-    `parents[i]` is the node index of i's parent, -1 for children of the root.
+    Nodes come in an order in which parents precede children; among siblings, the better (or the earlier drawn) comes
+    first. `parents[i]` is the node index of i's parent, -1 for children of the root.
+
+    Without `draft_probs` the nodes were chosen deterministically (the top of the draft distribution): siblings have
+    different tokens. With it they were drawn at random, siblings in the order of drawing.
     """
 
     tokens: Tensor  # [node] int64, target vocabulary
     parents: Tensor  # [node] int64
+    confidence: Tensor | None = None  # [node] float32, draft probability of the token at its parent
+    # [node + 1, vocab]: row 0 is what the root's children were drawn from, row i + 1 the children of node i. Rows of
+    # leaves are never read.
+    draft_probs: Tensor | None = None
 
     @staticmethod
     def empty(device: torch.device) -> DraftTree:
