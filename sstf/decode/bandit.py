@@ -223,7 +223,9 @@ class Bandit:
         try:
             saved = _Saved.model_validate(fields)
             known = {name: _Arm(**sums) for name, sums in saved.arms.items()}
-        except (ValidationError, TypeError) as error:
+            if any(arm.weight > 0 and arm.usual == 0 for arm in known.values()):
+                raise ValueError("an arm has passes that took no time")
+        except (ValueError, TypeError) as error:
             reason = error.errors()[0]["msg"] if isinstance(error, ValidationError) else error
             raise DamagedDataError(
                 f"the state of the choice between arms is damaged or of another version ({reason}); delete it, and "

@@ -320,6 +320,7 @@ GOOD = Bandit(["a"], BanditConfig()).to_json()
         GOOD | {"arms": {"a": {"tokens": -1.0}}},
         GOOD | {"arms": {"a": {"tokens": math.nan}}},
         GOOD | {"arms": {"a": {"tokens": "many"}}},
+        GOOD | {"arms": {"a": {"weight": 1.0}}},
     ],
 )
 def test_nonsense_is_refused(nonsense: object) -> None:
