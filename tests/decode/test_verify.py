@@ -5,10 +5,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from verification import Toy, Verify, distance, enumerate_rule, toy, tree_of
+from verification import Toy, Verify, distance, enumerate_rule, exact, outcomes, p_value, toy, tree_of
 
+import sstf.decode.verify as rules
 from sstf.decode import Verified, verify_deterministic, verify_greedy
 from sstf.decode.verify import draw
+from sstf.errors import DecodeError
 from sstf.trees import children
 from sstf.types import DraftTree
 
@@ -47,20 +49,16 @@ def walk(tree: DraftTree, chooses: object) -> Verified:
         node = accepted
 
 
-def uniform(generator: torch.Generator) -> float:
-    return float(torch.rand((), generator=generator, dtype=torch.float64))
-
-
 def accepts_with_draft_probability(tree: DraftTree, target_probs: Tensor, generator: torch.Generator) -> Verified:
     draft = draft_rows(tree, target_probs)
 
     def chooses(node: int, candidates: list[int], tokens: list[int]) -> tuple[int | None, int]:
         probs = target_probs[node + 1].double().clone()
         for child in candidates:
-            if uniform(generator) < float(draft[node + 1, tokens[child]]):
+            if rules.uniform(generator) < float(draft[node + 1, tokens[child]]):
                 return child, -1
             probs[tokens[child]] = 0
-        return None, draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
+        return None, rules.draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
 
     return walk(tree, chooses)
 
@@ -69,10 +67,10 @@ def does_not_renormalise(tree: DraftTree, target_probs: Tensor, generator: torch
     def chooses(node: int, candidates: list[int], tokens: list[int]) -> tuple[int | None, int]:
         probs = target_probs[node + 1].double().clone()
         for child in candidates:
-            if uniform(generator) < float(probs[tokens[child]]):  # not divided by what is left
+            if rules.uniform(generator) < float(probs[tokens[child]]):  # not divided by what is left
                 return child, -1
             probs[tokens[child]] = 0
-        return None, draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
+        return None, rules.draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
 
     return walk(tree, chooses)
 
@@ -81,10 +79,10 @@ def bonus_from_the_whole_distribution(tree: DraftTree, target_probs: Tensor, gen
     def chooses(node: int, candidates: list[int], tokens: list[int]) -> tuple[int | None, int]:
         probs = target_probs[node + 1].double().clone()
         for child in candidates:
-            if uniform(generator) < float(probs[tokens[child]] / probs.sum()):
+            if rules.uniform(generator) < float(probs[tokens[child]] / probs.sum()):
                 return child, -1
             probs[tokens[child]] = 0
-        return None, draw(target_probs[node + 1], generator)
+        return None, rules.draw(target_probs[node + 1], generator)
 
     return walk(tree, chooses)
 
@@ -96,11 +94,11 @@ def treats_top_k_as_sampled(tree: DraftTree, target_probs: Tensor, generator: to
         probs = target_probs[node + 1].double().clone()
         for child in candidates:
             token = tokens[child]
-            if uniform(generator) < float(probs[token] / draft[node + 1, token]):
+            if rules.uniform(generator) < float(probs[token] / draft[node + 1, token]):
                 return child, -1
             left = (probs - draft[node + 1]).clamp_min(0)
-            probs = left / left.sum()
-        return None, draw(probs, generator)
+            probs = left / left.sum() if float(left.sum()) > 0 else probs
+        return None, rules.draw(probs, generator)
 
     return walk(tree, chooses)
 
@@ -110,12 +108,12 @@ def uses_one_number_twice(tree: DraftTree, target_probs: Tensor, generator: torc
 
     def chooses(node: int, candidates: list[int], tokens: list[int]) -> tuple[int | None, int]:
         probs = target_probs[node + 1].double().clone()
-        number = uniform(generator) if candidates else 0.0
+        number = rules.uniform(generator) if candidates else 0.0
         for child in candidates:
             if number < float(probs[tokens[child]] / probs.sum()):
                 return child, -1
             probs[tokens[child]] = 0
-        return None, draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
+        return None, rules.draw(probs if float(probs.sum()) > 0 else target_probs[node + 1], generator)
 
     return walk(tree, chooses)
 
@@ -169,7 +167,7 @@ def test_any_tree(tree: DraftTree, seed: int, zeros: bool) -> None:
 def test_acceptance_by_hand() -> None:
     """Target 1/2, 1/4, 1/4; children 1 then 0: 1 with 1/4; else 0 with (1/2)/(3/4), so 1/2 in all; else 2."""
     probs = torch.tensor([[0.5, 0.25, 0.25], [0.0, 1.0, 0.0], [0.25, 0.25, 0.5]])
-    found = enumerate_rule(verify_deterministic, tree_of((1,), (0,)), probs)
+    found = outcomes(verify_deterministic, tree_of((1,), (0,)), probs)
     expected = {((0,), 1): 0.25, ((1,), 0): 0.125, ((1,), 1): 0.125, ((1,), 2): 0.25, ((), 2): 0.25}
     assert found.keys() == expected.keys()
     for outcome, chance in expected.items():
@@ -187,25 +185,64 @@ def test_draft_equal_to_a_certain_target_is_always_accepted() -> None:
 def test_impossible_children_are_never_accepted() -> None:
     tree = tree_of((0,), (2,), (0, 1))
     probs = torch.tensor([[0.0, 1.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0], [1.0, 0.0, 0.0]])
-    assert enumerate_rule(verify_deterministic, tree, probs) == {((), 1): 1.0}
+    assert outcomes(verify_deterministic, tree, probs) == {((), 1): 1.0}
+
+
+@pytest.mark.parametrize("tree", TREES, ids=lambda tree: f"{len(tree)}-nodes")
+def test_bisection_finds_the_same(tree: DraftTree) -> None:
+    """The enumerator that knows nothing of `uniform` and `draw`."""
+    rows = toy(len(tree), zeros=True).rows(tree)
+    found, slow = outcomes(verify_deterministic, tree, rows), enumerate_rule(verify_deterministic, tree, rows)
+    assert found.keys() == slow.keys()
+    assert max(abs(found[key] - slow[key]) for key in found) < 1e-12
+
+
+@pytest.mark.parametrize("number", [0.0, 0.5, 1 - 2**-53])
+@pytest.mark.parametrize("total", [1 - 2**-24, 1.0, 1 + 2**-23])
+def test_rejected_children_that_exhaust_the_mass(monkeypatch: pytest.MonkeyPatch, total: float, number: float) -> None:
+    """Float32 rows sum to one but for rounding, so the last possible child may be rejected: the token that must come
+    then is still a possible one. An impossible child that follows is never accepted."""
+    monkeypatch.setattr(rules, "uniform", lambda _: number)
+    rows = torch.tensor([[0.3, 0.7 * total, 0.0]]).expand(4, 3)
+    found = verify_deterministic(tree_of((0,), (1,), (2,)), rows, torch.Generator())
+    assert 2 not in (*found.tokens, found.bonus)
+    chain = verify_deterministic(tree_of((2,), (1,), (0,)), rows, torch.Generator())
+    assert 2 not in (*chain.tokens, chain.bonus)
+
+
+def test_a_repeated_sibling_gets_no_second_chance() -> None:
+    """Half the mass is gone with the first 0; the second 0 must not be accepted from what is left."""
+    tree = DraftTree(torch.tensor([0, 0, 1]), torch.tensor([-1, -1, -1]))
+    found = outcomes(verify_deterministic, tree, torch.tensor([[0.5, 0.25, 0.25]]).expand(4, 3))
+    accepted = {nodes: sum(chance for key, chance in found.items() if key[0] == nodes) for nodes, _ in found}
+    assert accepted == pytest.approx({(0,): 0.5, (2,): 0.25, (): 0.25}, abs=1e-12)
+
+
+def test_rows_must_fit_the_tree() -> None:
+    with pytest.raises(DecodeError, match="for each of the 2 nodes"):
+        verify_deterministic(tree_of((0,), (1,)), torch.full((2, 3), 1 / 3), torch.Generator())
+
+
+def test_reads_the_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once for the chances of all nodes, once for the bonus token, however many children are tried."""
+    reads = []
+    for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+        plain = getattr(Tensor, name)
+        monkeypatch.setattr(Tensor, name, lambda self, plain=plain: (reads.append(1), plain(self))[1])
+    monkeypatch.setattr(rules, "uniform", lambda _: 0.999)
+    for tree in TREES:
+        reads.clear()
+        verify_deterministic(tree, torch.full((len(tree) + 1, 3), 1 / 3), torch.Generator())
+        assert len(reads) == 2
 
 
 def test_real_random_numbers() -> None:
-    """What the enumeration cannot see: that the numbers are independent. 20,000 draws find a distance of 0.01."""
-    target, tree = toy(3), TREES[0]
-    rows = target.rows(tree)
-    generator = torch.Generator().manual_seed(0)
-    draws = 20_000
-    counts = torch.zeros(3, 3, dtype=torch.float64)
-    for _ in range(draws):
-        found = verify_deterministic(tree, rows, generator)
-        tokens = [*found.tokens, found.bonus]
-        second = tokens[1] if len(tokens) > 1 else draw(target.after((tokens[0],)), generator)
-        counts[tokens[0], second] += 1
-    expected = target.first[:, None] * target.second * draws
-    statistic = ((counts - expected) ** 2 / expected).sum()
-    tail = 1 - torch.special.gammainc(torch.tensor(8 / 2, dtype=torch.float64), statistic / 2)
-    assert float(tail) > 1e-3
+    """5,000 draws are enough for these wrong rules, see `ENOUGH` in test_verify_drawn.py."""
+    target, trees = toy(5), [(TREES[0], 1.0)]
+    assert p_value(target, trees, verify_deterministic, 5_000, 2) > 1e-4
+    for wrong in (bonus_from_the_whole_distribution, does_not_renormalise):
+        assert exact(target, trees, wrong, 2).divergence(target) * 5_000 > 100
+        assert p_value(target, trees, wrong, 5_000, 2) < 1e-4
 
 
 # ---- drawing ---------------------------------------------------------------------------------------------------------
@@ -219,6 +256,12 @@ def test_draw_is_the_inverse_of_the_cumulative_sum(monkeypatch: pytest.MonkeyPat
         monkeypatch.setattr(torch, "rand", lambda *_, n=number, **__: torch.tensor(n, dtype=torch.float64))
         assert draw(probs, generator) == token
         assert draw(probs * 0.3, generator) == token  # needs no normalisation
+
+
+@pytest.mark.parametrize("row", [[0.0, 0.0], [float("nan"), 0.5], [0.5, float("nan")]])
+def test_nothing_is_drawn_from_no_distribution(row: list[float]) -> None:
+    with pytest.raises(DecodeError, match="has no mass"):
+        draw(torch.tensor(row), torch.Generator())
 
 
 @given(seed=st.integers(0, 10_000), vocab=st.integers(1, 200))
