@@ -6,17 +6,23 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from sstf.decode import Generation, SpeculativeDecoder
+    from sstf.decode import BanditPolicy, Experience, Generation, SpeculativeDecoder
     from sstf.methods.checkpoint import DraftHead, load_head
     from sstf.targets import Target, load_target
-    from sstf.trees import Chain, DynamicTree
+    from sstf.trees import Chain, CostAwareTree, DynamicTree, StaticTree
+    from sstf.types import SamplingParams
 
 __all__ = [
+    "BanditPolicy",
     "Chain",
+    "CostAwareTree",
     "DraftHead",
     "DynamicTree",
+    "Experience",
     "Generation",
+    "SamplingParams",
     "SpeculativeDecoder",
+    "StaticTree",
     "Target",
     "load_head",
     "load_target",
@@ -24,11 +30,16 @@ __all__ = [
 
 # Imported at first use (PEP 562): torch takes seconds, and `sstf --help` needs none of it.
 _HOMES = {
+    "BanditPolicy": "sstf.decode",
     "Chain": "sstf.trees",
+    "CostAwareTree": "sstf.trees",
     "DraftHead": "sstf.methods.checkpoint",
     "DynamicTree": "sstf.trees",
+    "Experience": "sstf.decode",
     "Generation": "sstf.decode",
+    "SamplingParams": "sstf.types",
     "SpeculativeDecoder": "sstf.decode",
+    "StaticTree": "sstf.trees",
     "Target": "sstf.targets",
     "load_head": "sstf.methods.checkpoint",
     "load_target": "sstf.targets",

@@ -1,6 +1,9 @@
-"""Speculative decoding: verification rules and the engine."""
+"""Speculative decoding: verification rules, the engine, and how it adapts."""
 
-from sstf.decode.engine import Generation, SpeculativeDecoder, Timings
+from sstf.decode.adaptive import AnyPolicy, BanditPolicy, DecodePolicy, Experience
+from sstf.decode.cost import CostModel
+from sstf.decode.engine import Generation, SpeculativeDecoder, Step, Timings
+from sstf.decode.measure import measure_costs
 from sstf.decode.verify import (
     Verified,
     verify_block,
@@ -11,10 +14,17 @@ from sstf.decode.verify import (
 )
 
 __all__ = [
+    "AnyPolicy",
+    "BanditPolicy",
+    "CostModel",
+    "DecodePolicy",
+    "Experience",
     "Generation",
     "SpeculativeDecoder",
+    "Step",
     "Timings",
     "Verified",
+    "measure_costs",
     "verify_block",
     "verify_deterministic",
     "verify_greedy",

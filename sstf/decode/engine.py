@@ -1,37 +1,68 @@
-"""Speculative decoding of one sequence over a stock transformers model.
+"""Speculative decoding over a stock transformers model, of one sequence or of many at once.
 
-Every step: draft a tree, run the target once over the last emitted token and the tree (a 4-D mask shows each node
-its ancestors only), keep the accepted branch, emit it and the bonus token. Without a head the tree is empty and the
-same loop is plain decoding, so baseline and speculation differ in nothing else.
+A step: draft a tree for every sequence, run the target once over the last emitted tokens and the trees, keep the
+accepted branches, emit them with the bonus tokens. Without a head the trees are empty and the same loop is plain
+decoding, so baseline and speculation differ in nothing else. A sequence that ends makes room for the next prompt.
 """
 
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sstf.decode.verify import Verified, draw, verify_deterministic, verify_greedy
+from sstf.decode.adaptive import AnyPolicy, BanditPolicy, Experience, tree_policies
+from sstf.decode.bandit import PLAIN, Bandit
+from sstf.decode.hybrid import LONGEST, HybridDrafter
+from sstf.decode.measure import measure_costs
+from sstf.decode.passes import Passes, read
+from sstf.decode.stop import StopStrings
+from sstf.decode.verify import (
+    Verified,
+    draw,
+    verify_block,
+    verify_deterministic,
+    verify_greedy,
+    verify_sampled,
+    verify_traversal,
+)
 from sstf.errors import DecodeError
-from sstf.methods.base import Drafter
+from sstf.methods import Drafter
+from sstf.methods.base import News
 from sstf.methods.checkpoint import DraftHead
-from sstf.targets import LayerTaps, PreallocatedCache, Target
-from sstf.trees import Chain, DynamicTree, ancestor_mask, depths
-from sstf.types import DraftTree
+from sstf.targets import LayerTaps, Target
+from sstf.trees import AnyTree, Chain, CostAwareTree, DraftContext, Drawing, DynamicTree, children
+from sstf.types import DraftTree, SamplingParams
 from sstf.warping import warp
 
 
 @dataclass(frozen=True)
 class Timings:
-    """Seconds. `decode` covers everything after the prefill; `draft` and `verify` are parts of it."""
+    """Seconds. `decode` covers everything after the prefill; `draft` and `verify` (the target's passes) are parts of
+    it, the rest is host work. Of a sequence decoded among others, they count its time in that company."""
 
     prefill: float = 0.0
     decode: float = 0.0
     draft: float = 0.0
     verify: float = 0.0
+
+    @property
+    def host(self) -> float:
+        """Neither drafting nor the target."""
+        return self.decode - self.draft - self.verify
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one pass emitted; the first `accepted` of the tokens were drafted."""
+
+    tokens: list[int]
+    accepted: int
 
 
 @dataclass(frozen=True)
@@ -39,12 +70,14 @@ class Generation:
     """`token_ids` are the new tokens, an end token included.
 
     `accepted_lengths` has one entry a verify pass: tokens it emitted, the bonus token included. The first token
-    comes from the prefill, so their sum is `len(token_ids) - 1`.
+    comes from the prefill, so their sum is `len(token_ids) - 1`. `ended` says why it stopped: an end token, a stop
+    string, or the limit.
     """
 
     token_ids: list[int]
     accepted_lengths: list[int]
     timings: Timings = field(default_factory=Timings)
+    ended: Literal["end", "stop", "length"] = "length"
 
     @property
     def accepted_length(self) -> float:
@@ -53,191 +86,423 @@ class Generation:
 
 
 class SpeculativeDecoder:
-    """Decodes with `target`, drafting with `head` in the shape of `policy`; `head=None` decodes plainly."""
+    """Decodes with `target`, drafting with `head` as `policy` says; `head=None` decodes plainly.
 
-    def __init__(self, target: Target, head: DraftHead | None, policy: Chain | DynamicTree | None = None) -> None:
-        self.target, self.head = target, head
-        self.policy = policy or Chain()
+    Args:
+        target: the frozen model.
+        head: a method with its trained module.
+        policy: a tree policy or a bandit over several; a chain of 4 by default.
+        verification: of drawn trees: `sequence` decides over whole paths (block and traversal verification), `token`
+            token by token. Both are lossless, the first accepts more.
+        experience: what decoding learned earlier; it goes on learning.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        head: DraftHead | None = None,
+        policy: AnyPolicy | None = None,
+        verification: Literal["sequence", "token"] = "sequence",
+        experience: Experience | None = None,
+    ) -> None:
+        self.target, self.head, self.verification = target, head, verification
+        self.policy: AnyPolicy = _for_chains_only(policy or Chain(), target) if head else policy or Chain()
+        self.experience = experience or Experience()
         self.layers = head.method.feature_spec(target.spec).layers if head else ()
+        self.drafter: Drafter | None = None
+        if head:
+            first = head.method.drafter(head.module, target.device)
+            lookup = any(tree.lookup for tree in tree_policies(self.policy))
+            self.drafter = HybridDrafter(first, target.device) if lookup else first
 
-    @torch.inference_mode()
     def generate(
         self,
         input_ids: Sequence[int] | Tensor,
         max_new_tokens: int = 256,
         temperature: float = 0.0,
         top_p: float = 1.0,
+        top_k: int = 0,
         seed: int = 0,
-        on_tokens: Callable[[list[int]], None] | None = None,
+        stop: Sequence[str] = (),
+        on_step: Callable[[Step], None] | None = None,
     ) -> Generation:
-        """Continue a prompt until an end token or `max_new_tokens`.
+        """Continue a prompt until an end token, a stop string or `max_new_tokens`.
 
         Args:
             input_ids: [seq] or [1, seq] token ids.
             max_new_tokens: at most so many.
             temperature: 0 is greedy.
             top_p: nucleus sampling, in (0, 1].
+            top_k: sample from so many best tokens only; 0 is off.
             seed: of the generator that sampling draws from.
-            on_tokens: called with each pass's tokens, for streaming.
+            stop: the token that completes one of these strings in the new text is the last.
+            on_step: called with each pass's tokens, for streaming.
 
         Raises:
             DecodeError: a value out of range, a prompt that is empty or too long, or logits that are not finite.
         """
-        prompt = self._check(input_ids, max_new_tokens, temperature, top_p)
-        budget = self.policy.total_tokens if self.head else 0
-        sampler = _Sampler(temperature, top_p, torch.Generator().manual_seed(seed))
-        cache = self.target.new_cache(len(prompt) + max_new_tokens + budget + 1)
-        drafter = self.head.method.drafter(self.head.module, self.target.device) if self.head else None
-        with self.target.tap(self.layers) as taps:
-            run = _Run(self.target, taps, bool(self.layers), drafter, self.policy, cache, sampler)
-            return run.generate(prompt, max_new_tokens, on_tokens)
+        params = SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, tuple(stop))
+        report = (lambda _, step: on_step(step)) if on_step else None
+        return self.generate_batch([input_ids], params, 1, report)[0]
 
-    def _check(
-        self, input_ids: Sequence[int] | Tensor, max_new_tokens: int, temperature: float, top_p: float
-    ) -> list[int]:
-        ids = torch.as_tensor(input_ids, dtype=torch.int64)
-        if ids.ndim == 2 and len(ids) == 1:
-            ids = ids[0]
-        context = self.target.context
-        if ids.ndim != 1 or len(ids) < 1:
-            raise DecodeError(f"input_ids has shape {list(ids.shape)}; expected one sequence of at least one token")
-        if max_new_tokens < 1:
-            raise DecodeError(f"max_new_tokens is {max_new_tokens}; expected at least 1")
-        if len(ids) + max_new_tokens > context:
+    @torch.inference_mode()
+    def generate_batch(
+        self,
+        prompts: Sequence[Sequence[int] | Tensor],
+        params: SamplingParams | Sequence[SamplingParams] = SamplingParams(),  # noqa: B008 - frozen
+        slots: int = 8,
+        on_step: Callable[[int, Step], None] | None = None,
+    ) -> list[Generation]:
+        """Continue many prompts, `slots` of them at once, each with its own accepted length.
+
+        Args:
+            prompts: each as in `generate`.
+            params: one for all, or one a prompt.
+            slots: sequences decoded at once; a finished one makes room for the next prompt.
+            on_step: called with the prompt's index and each pass's tokens.
+
+        Raises:
+            DecodeError: as `generate`.
+        """
+        each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
+        if slots < 1 or len(each) != len(prompts):
             raise DecodeError(
-                f"the prompt has {len(ids)} tokens and max_new_tokens is {max_new_tokens}, together more than the "
-                f"target's context of {context}; shorten one of them"
+                f"slots is {slots} and there are {len(each)} params for {len(prompts)} prompts; expected at least one "
+                "slot, and params for all or for each"
             )
-        if not (temperature >= 0 and temperature < float("inf")):
-            raise DecodeError(f"temperature is {temperature}; expected 0 (greedy) or above")
-        if not 0 < top_p <= 1:
-            raise DecodeError(f"top_p is {top_p}; expected a value in (0, 1]")
-        if int(ids.min()) < 0 or int(ids.max()) >= self.target.spec.vocab_size:
-            raise DecodeError(f"input_ids holds ids outside the target's vocabulary of {self.target.spec.vocab_size}")
-        tokens: list[int] = ids.tolist()
-        return tokens
+        requests = [_check(self.target, ids, one) for ids, one in zip(prompts, each, strict=True)]
+        if not requests:
+            return []
+        slots = min(slots, len(requests))
+        if slots > 1 and not self.target.takes_trees:
+            warnings.warn("this target's layers or attention take one sequence at a time: slots is 1", stacklevel=2)
+            slots = 1
+        with self.target.tap(self.layers) as taps:
+            return _Run(self, requests, slots, taps if self.layers else None, on_step).run()
+
+
+def _for_chains_only(policy: AnyPolicy, target: Target) -> AnyPolicy:
+    """A target that cannot see a tree gets chains, and its user is told."""
+    if target.takes_trees or all(isinstance(tree, Chain) and not tree.lookup for tree in tree_policies(policy)):
+        return policy
+    why = "keeps a recurrent state" if target.recurrent else "uses flash attention, which takes no tree mask"
+    warnings.warn(
+        f"target {target.spec.name} {why}: it is drafted for in chains, not trees (without lookup branches)",
+        stacklevel=3,
+    )
+    if isinstance(policy, BanditPolicy):
+        arms: dict[str, AnyTree] = {name: Chain(depth=arm.depth) for name, arm in policy.arms.items()}
+        return policy.model_copy(update={"arms": arms})
+    return Chain(depth=policy.depth)
 
 
 @dataclass(frozen=True)
-class _Sampler:
-    """Turns target logits into tokens, by the one temperature for drafted and bonus tokens alike."""
+class _Request:
+    prompt: list[int]
+    params: SamplingParams
 
-    temperature: float
-    top_p: float
-    generator: torch.Generator
 
-    def first(self, logits: Tensor) -> int:
-        if self.temperature == 0:
-            return int(logits.argmax(-1))
-        return draw(warp(logits, self.temperature, self.top_p), self.generator)
-
-    def verify(self, tree: DraftTree, logits: Tensor) -> Verified:
-        if self.temperature == 0:
-            return verify_greedy(tree, logits.argmax(-1).tolist())
-        return verify_deterministic(tree, warp(logits, self.temperature, self.top_p), self.generator)
+def _check(target: Target, input_ids: Sequence[int] | Tensor, params: SamplingParams) -> _Request:
+    ids = torch.as_tensor(input_ids, dtype=torch.int64)
+    if ids.ndim == 2 and len(ids) == 1:
+        ids = ids[0]
+    if ids.ndim != 1 or len(ids) < 1:
+        raise DecodeError(f"input_ids has shape {list(ids.shape)}; expected one sequence of at least one token")
+    if params.max_new_tokens < 1:
+        raise DecodeError(f"max_new_tokens is {params.max_new_tokens}; expected at least 1")
+    if len(ids) + params.max_new_tokens > target.context:
+        raise DecodeError(
+            f"the prompt has {len(ids)} tokens and max_new_tokens is {params.max_new_tokens}, together more than the "
+            f"target's context of {target.context}; shorten one of them"
+        )
+    if not (params.temperature >= 0 and params.temperature < float("inf")):
+        raise DecodeError(f"temperature is {params.temperature}; expected 0 (greedy) or above")
+    if not 0 < params.top_p <= 1:
+        raise DecodeError(f"top_p is {params.top_p}; expected a value in (0, 1]")
+    if params.top_k < 0:
+        raise DecodeError(f"top_k is {params.top_k}; expected 0 (off) or above")
+    if not all(params.stop):
+        raise DecodeError("stop holds an empty string, which every text contains; remove it")
+    if int(ids.min()) < 0 or int(ids.max()) >= target.spec.vocab_size:
+        raise DecodeError(f"input_ids holds ids outside the target's vocabulary of {target.spec.vocab_size}")
+    return _Request(ids.tolist(), params)
 
 
 @dataclass
+class _Sequence:
+    """One sequence being decoded."""
+
+    index: int  # of its prompt
+    slot: int
+    params: SamplingParams
+    generator: torch.Generator
+    stop: StopStrings | None
+    length: int  # tokens in the target's cache; the last emitted one is not yet among them
+    news: list[int]  # emitted since the last draft, and the features behind them
+    features: list[Tensor]
+    started: float
+    prefilled: float = 0.0
+    emitted: list[int] = field(default_factory=list)
+    accepted_lengths: list[int] = field(default_factory=list)
+    draft_s: float = 0.0
+    verify_s: float = 0.0
+    ended: Literal["end", "stop", "length"] | None = None
+
+    @property
+    def room(self) -> int:
+        return self.params.max_new_tokens - len(self.emitted)
+
+
 class _Run:
-    """The state of one `generate` call."""
+    """One `generate_batch` call."""
 
-    target: Target
-    taps: LayerTaps
-    tapped: bool
-    drafter: Drafter | None
-    policy: Chain | DynamicTree
-    cache: PreallocatedCache
-    sampler: _Sampler
+    def __init__(
+        self,
+        decoder: SpeculativeDecoder,
+        requests: Sequence[_Request],
+        slots: int,
+        taps: LayerTaps | None,
+        on_step: Callable[[int, Step], None] | None,
+    ) -> None:
+        self.decoder, self.target, self.on_step = decoder, decoder.target, on_step
+        self.requests, self.waiting = requests, list(range(len(requests)))[::-1]
+        self.policies = tree_policies(decoder.policy) if decoder.drafter else []
+        nodes = max((p.total_tokens + (LONGEST if p.lookup else 0) for p in self.policies), default=0)
+        capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
+        self.passes = Passes(self.target, taps, slots, capacity + nodes + 1)
+        if decoder.drafter:
+            decoder.drafter.start(slots, capacity + max(p.drafted_tokens for p in self.policies) + 1)
+        self.free = list(range(slots))[::-1]
+        self.active: list[_Sequence] = []
+        self.results: dict[int, Generation] = {}
+        self.experience = decoder.experience
+        self.slots = slots
+        if any(isinstance(p, CostAwareTree) for p in self.policies) and slots not in self.experience.costs:
+            self.experience.costs[slots] = measure_costs(self.target, decoder.drafter, decoder.layers, slots)
+        self.cost = self.experience.costs.get(slots)
+        self.calibrates = any(isinstance(p, DynamicTree | CostAwareTree) and p.calibrated for p in self.policies)
+        self.bandit: Bandit | None = None
+        if decoder.drafter and isinstance(decoder.policy, BanditPolicy):
+            self.bandit = self.experience.bandit(decoder.policy, slots)
 
-    def generate(
-        self, prompt: list[int], max_new_tokens: int, on_tokens: Callable[[list[int]], None] | None
-    ) -> Generation:
-        device = self.target.device
-        started = self._now()
-        ids = torch.tensor(prompt, device=device)
-        logits = self._forward(ids, torch.arange(len(prompt), device=device), None, last_only=True)
-        self.cache.advance(len(prompt))
-        features = self._features(len(prompt))
-        emitted = [self.sampler.first(logits[0])]
-        if on_tokens:
-            on_tokens(list(emitted))
-        fresh = torch.cat([ids[1:], torch.tensor(emitted, device=device)])
-        prefilled = self._now()
-        lengths: list[int] = []
-        draft_s = verify_s = 0.0
-        while len(emitted) < max_new_tokens and emitted[-1] not in self.target.end_tokens:
-            t0 = self._now()
-            tree = self._draft(features, fresh, max_new_tokens - len(emitted))
-            t1 = self._now()
-            verified = self._verify(emitted[-1], tree)
-            kept = torch.tensor([0, *(node + 1 for node in verified.nodes)], device=device)
-            features = self._features(len(tree) + 1)[kept]
-            if verified.nodes == list(range(len(verified.nodes))):  # they lie where they belong: always so in a chain
-                self.cache.advance(len(kept))
-            else:
-                self.cache.keep(kept)
-            new = self._cut([*verified.tokens, verified.bonus], max_new_tokens - len(emitted))
-            fresh = torch.tensor([*verified.tokens, verified.bonus], device=device)
-            emitted += new
-            lengths.append(len(new))
-            if on_tokens:
-                on_tokens(new)
-            draft_s += t1 - t0
-            verify_s += self._now() - t1
-        ended = self._now()
-        return Generation(emitted, lengths, Timings(prefilled - started, ended - prefilled, draft_s, verify_s))
+    def run(self) -> list[Generation]:
+        while self.waiting or self.active:
+            while self.waiting and self.free:
+                self._admit(self.waiting.pop())
+            if self.active:
+                self._step()
+        return [self.results[index] for index in range(len(self.requests))]
 
-    def _draft(self, features: Tensor, fresh: Tensor, room: int) -> DraftTree:
-        """At most `room` - 1 tokens deep: the bonus token takes the last place, and the context may end there."""
-        if self.drafter is None or room == 1:
-            return DraftTree.empty(self.target.device)
-        depth = min(self.policy.depth, room - 1)
-        return self.drafter.propose(features, fresh, self.policy.model_copy(update={"depth": depth}))
+    # ---- the beginning and the end of a sequence --------------------------------------------------------------------
 
-    def _verify(self, root: int, tree: DraftTree) -> Verified:
-        past, count, device = self.cache.length, len(tree) + 1, self.target.device
-        mask = torch.ones(count, past + count, dtype=torch.bool, device=device)
-        positions = torch.full((count,), past, device=device)
-        if len(tree):
-            within = ancestor_mask(tree.parents)
-            positions[1:] += depths(within)
-            mask[0, past + 1 :] = False  # the root sees no node; every node sees the root
-            mask[1:, past + 1 :] = within
-        ids = torch.cat([torch.tensor([root], device=device), tree.tokens])
-        return self.sampler.verify(tree, self._forward(ids, positions, mask))
+    def _admit(self, index: int) -> None:
+        request, slot, started = self.requests[index], self.free.pop(), self._now()
+        params = request.params
+        if self.decoder.drafter:
+            self.decoder.drafter.restart(slot)
+        logits, features = self.passes.prefill(slot, request.prompt)
+        sequence = _Sequence(
+            index,
+            slot,
+            params,
+            torch.Generator().manual_seed(params.seed),
+            StopStrings(self.target.tokenizer, params.stop) if params.stop else None,
+            length=len(request.prompt),
+            news=request.prompt[1:],
+            features=[features],
+            started=started,
+        )
+        best, ((finite,),) = logits.argmax(-1), read(logits.amax(-1).isfinite())
+        if not finite:
+            raise _not_finite(len(request.prompt) - 1)
+        first = int(best) if params.temperature == 0 else draw(self._warp(sequence, logits), sequence.generator)
+        sequence.prefilled = self._now()
+        self._emit(sequence, [first], accepted=0)
+        sequence.news.append(first)
+        if sequence.ended:
+            self._finish(sequence)
+        else:
+            self.active = sorted([*self.active, sequence], key=lambda s: s.slot)
 
-    def _forward(self, ids: Tensor, positions: Tensor, mask: Tensor | None, last_only: bool = False) -> Tensor:
-        """Logits [seq, vocab] float32, or of the last position only."""
-        hidden = self.target.decoder(
-            ids[None],
-            attention_mask=None if mask is None else self.target.mask(mask[None, None]),
-            position_ids=positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-        ).last_hidden_state[0]
-        logits = self.target.frozen_head.logits(hidden[-1:] if last_only else hidden)
-        bad = ~logits.amax(-1).isfinite()  # NaN if any entry of the row is
-        if bool(bad.any()):
-            row = int(bad.nonzero()[0]) if not last_only else len(ids) - 1
-            raise DecodeError(
-                f"the target returned NaN or infinite logits at position {int(positions[row])}; "
-                "check its weights and dtype"
-            )
-        return logits
-
-    def _features(self, rows: int) -> Tensor:
-        """Target features of the last pass, [rows, taps]; taps is 0 for a method that reads none."""
-        return self.taps.features()[0] if self.tapped else torch.empty(rows, 0, device=self.target.device)
-
-    def _cut(self, tokens: list[int], room: int) -> list[int]:
-        """Nothing after an end token or past the limit is emitted."""
-        tokens = tokens[:room]
-        for i, token in enumerate(tokens):
-            if token in self.target.end_tokens:
-                return tokens[: i + 1]
+    def _emit(self, sequence: _Sequence, tokens: list[int], accepted: int) -> list[int]:
+        """Emit what may be emitted: nothing after an end token, a stop string, or past the limit."""
+        tokens = tokens[: sequence.room]
+        end = next((i + 1 for i, token in enumerate(tokens) if token in self.target.end_tokens), None)
+        stop = sequence.stop.cut(sequence.emitted, tokens[:end]) if sequence.stop else None
+        tokens = tokens[: stop or end]
+        sequence.emitted += tokens
+        if stop or end:
+            sequence.ended = "stop" if stop and stop != end else "end"
+        elif not sequence.room:
+            sequence.ended = "length"
+        if self.on_step:
+            self.on_step(sequence.index, Step(list(tokens), min(accepted, len(tokens))))
         return tokens
+
+    def _finish(self, sequence: _Sequence) -> None:
+        decode = self._now() - sequence.prefilled
+        prefill = sequence.prefilled - sequence.started
+        self.results[sequence.index] = Generation(
+            sequence.emitted,
+            sequence.accepted_lengths,
+            Timings(prefill, decode, sequence.draft_s, sequence.verify_s),
+            sequence.ended or "length",
+        )
+        self.free.append(sequence.slot)
+
+    # ---- a step -----------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        active, t0 = self.active, self._now()
+        arm, policy = self._choose()
+        trees = self._draft(policy)
+        t1 = self._now()
+        past = [s.length for s in active]
+        slots = [s.slot for s in active]
+        logits, features = self.passes.verify(slots, past, [s.emitted[-1] for s in active], trees)
+        t2 = self._now()
+        verified = self._verify(trees, logits, policy)
+        kept = [[0, *(node + 1 for node in v.nodes)] for v in verified]
+        self.passes.keep(slots, past, kept)
+        emitted = 0
+        for i, (s, v) in enumerate(zip(active, verified, strict=True)):
+            new = self._emit(s, [*v.tokens, v.bonus], len(v.nodes))
+            s.length += len(kept[i])
+            s.accepted_lengths.append(len(new))
+            s.news += [*v.tokens, v.bonus]
+            s.features.append(features[i, kept[i]])
+            s.draft_s += t1 - t0
+            s.verify_s += t2 - t1
+            emitted += len(new)
+        self._learn(arm, policy, trees, verified, emitted, (t0, t1, t2, self._now()))
+        for s in active:
+            if s.ended:
+                self._finish(s)
+        self.active = [s for s in active if not s.ended]
+
+    def _choose(self) -> tuple[str, AnyTree | None]:
+        """The arm and its tree policy; None decodes plainly."""
+        if not self.decoder.drafter:
+            return PLAIN, None
+        if not self.bandit:
+            return "", self.policies[0]
+        assert isinstance(self.decoder.policy, BanditPolicy)
+        arm = self.bandit.choose()
+        return arm, self.decoder.policy.arms.get(arm)
+
+    def _draft(self, policy: AnyTree | None) -> list[DraftTree]:
+        """A tree a sequence; empty for one that can emit a single token more, the bonus token."""
+        trees = [DraftTree.empty(self.target.device)] * len(self.active)
+        drafting = [i for i, s in enumerate(self.active) if s.room > 1]
+        if policy is None or self.decoder.drafter is None or not drafting:
+            return trees
+        sequences = [self.active[i] for i in drafting]
+        news = [
+            News(s.slot, s.news, torch.cat(s.features) if len(s.features) > 1 else s.features[0]) for s in sequences
+        ]
+        params = sequences[0].params
+        drawing = None
+        if params.temperature > 0:
+            generators = [s.generator for s in sequences]
+            drawing = Drawing(params.temperature, params.top_p, params.top_k, generators, self.target.spec.vocab_size)
+        context = DraftContext(max(s.room for s in sequences) - 1, drawing, self.experience.calibration, self.cost)
+        for i, tree in zip(drafting, self.decoder.drafter.propose(news, policy, context), strict=True):
+            trees[i] = tree
+            self.active[i].news, self.active[i].features = [], []
+        return trees
+
+    def _verify(self, trees: list[DraftTree], logits: Tensor, policy: AnyTree | None) -> list[Verified]:
+        """Walk every tree. Greedy decoding reads from the device once."""
+        values, best = logits.max(-1)  # a NaN is the maximum of its row
+        sizes = [len(tree) for tree in trees]
+        found, finite, *nodes = read(
+            best, values.isfinite(), *(t for tree in trees for t in (tree.tokens, tree.parents))
+        )
+        rows = logits.shape[1]
+        if not all(finite):
+            self._complain(finite, rows, sizes)
+        verified = []
+        for i, (s, tree) in enumerate(zip(self.active, trees, strict=True)):
+            if s.params.temperature == 0:
+                tokens, parents = torch.tensor(nodes[2 * i]), torch.tensor(nodes[2 * i + 1])
+                verified.append(verify_greedy(DraftTree(tokens, parents), found[i * rows : i * rows + sizes[i] + 1]))
+                continue
+            probs = self._warp(s, logits[i, : sizes[i] + 1])
+            verified.append(self._sample(tree, probs, s.generator, policy))
+        return verified
+
+    def _sample(self, tree: DraftTree, probs: Tensor, generator: torch.Generator, policy: AnyTree | None) -> Verified:
+        if tree.draft_probs is None:
+            return verify_deterministic(tree, probs, generator)
+        replacement = not isinstance(policy, DynamicTree | CostAwareTree | None) and policy.draw == "iid"
+        if self.decoder.verification == "token":
+            return verify_sampled(tree, probs, generator, replacement)
+        if isinstance(policy, Chain):
+            return verify_block(tree, probs, generator)
+        return verify_traversal(tree, probs, generator, replacement)
+
+    def _complain(self, finite: list[int], rows: int, sizes: list[int]) -> None:
+        for i, s in enumerate(self.active):
+            for row in range(sizes[i] + 1):
+                if not finite[i * rows + row]:
+                    raise _not_finite(s.length + min(row, 1))
+
+    @staticmethod
+    def _warp(sequence: _Sequence, logits: Tensor) -> Tensor:
+        """By the one temperature for drafted and bonus tokens alike."""
+        return warp(logits, sequence.params.temperature, sequence.params.top_p, sequence.params.top_k)
+
+    def _learn(
+        self,
+        arm: str,
+        policy: AnyTree | None,
+        trees: list[DraftTree],
+        verified: list[Verified],
+        emitted: int,
+        times: tuple[float, float, float, float],
+    ) -> None:
+        t0, t1, t2, t3 = times
+        if self.bandit:
+            self.bandit.observe(arm, emitted, t3 - t0)
+        if self.cost:
+            levels = self.decoder.drafter.levels if self.decoder.drafter and policy else 0
+            self.cost.observe(levels, max(map(len, trees)), t1 - t0, t2 - t1, t3 - t2)
+        if self.calibrates and isinstance(policy, DynamicTree | CostAwareTree):
+            for tree, found in zip(trees, verified, strict=True):
+                _observe(self.experience, tree, found)
 
     def _now(self) -> float:
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
+
+
+def _observe(experience: Experience, tree: DraftTree, found: Verified) -> None:
+    """Teach the calibration: of the children of every node that was reached, the one that was emitted was right.
+
+    The emitted token has the target's distribution, so that share is the chance of acceptance, when sampling too.
+    """
+    if tree.confidence is None:
+        return
+    tokens, confidence = tree.tokens.tolist(), tree.confidence.tolist()
+    below = children(tree.parents.tolist())
+    emitted = [*found.tokens, found.bonus]
+    depths: list[int] = []
+    ranks: list[int] = []
+    confidences: list[float] = []
+    accepted: list[float] = []
+    for depth, node in enumerate([-1, *found.nodes]):
+        for rank, child in enumerate(below.get(node, ())):
+            if confidence[child] == confidence[child]:  # NaN: not the head's
+                depths.append(depth + 1)
+                ranks.append(rank)
+                confidences.append(confidence[child])
+                accepted.append(float(tokens[child] == emitted[depth]))
+    if depths:
+        experience.calibration.observe(depths, ranks, confidences, accepted)
+
+
+def _not_finite(position: int) -> DecodeError:
+    return DecodeError(
+        f"the target returned NaN or infinite logits at position {position}; check its weights and dtype"
+    )

@@ -8,7 +8,8 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from sstf.config_loading import Section
-from sstf.trees import Chain, DynamicTree, TreePolicy
+from sstf.decode import DecodePolicy
+from sstf.trees import Chain, DynamicTree
 
 PLAIN, NGRAM = "plain", "ngram"  # the free baselines, measured beside every head
 
@@ -25,7 +26,7 @@ class EvalConfig(Section):
     temperatures: Annotated[tuple[Annotated[float, Field(ge=0)], ...], Field(min_length=1)] = (0.0,)
     top_p: float = Field(default=1.0, gt=0, le=1)
     repeats: int = Field(default=3, ge=1)
-    policies: dict[str, TreePolicy] = {
+    policies: dict[str, DecodePolicy] = {
         "chain": Chain(depth=3),
         "tree": DynamicTree(depth=4, top_k=4, total_tokens=12),
     }

@@ -148,7 +148,8 @@ def _row(arm: str, temperature: float, category: str, made: list[Record], plain:
 
     tau = accepted_length(made)
     passes = max(1, sum(len(r.accepted_lengths) for r in made))
-    survived = survival(made, depth)
+    # Lookup branches may reach deeper than the policy.
+    survived = survival(made, max([depth, *(length - 1 for r in made for length in r.accepted_lengths)]))
     ratio = speedup(range(len(names)))
     loops = sum(repetition(r.token_ids) for r in made) / len(made)
     same = sum(a.token_ids == b.token_ids for a, b in zip(made, plain, strict=True)) / len(made)

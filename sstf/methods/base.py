@@ -6,6 +6,8 @@ a file here, a line in `METHODS`, a test, a config, a paragraph of docs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -14,27 +16,43 @@ from torch import Tensor, nn
 
 from sstf.features.spec import FeatureSpec
 from sstf.targets import FrozenHead, TargetSpec
-from sstf.trees import Chain, DynamicTree
+from sstf.trees import AnyTree, DraftContext
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
 
-class Drafter(Protocol):
-    """Drafts for ONE sequence; holds that sequence's state (caches, history)."""
+@dataclass(frozen=True)
+class News:
+    """What one sequence emitted since its last draft.
 
-    def propose(
-        self,
-        features: Float[Tensor, "seq taps"],
-        tokens: Int[Tensor, "seq"],
-        policy: Chain | DynamicTree,
-    ) -> DraftTree:
-        """Take in what was emitted since the last call and draft what may follow its last token.
+    On the first call after `restart`, `tokens` are the prompt from its second token on, and the first emitted token.
+    """
+
+    slot: int
+    tokens: list[int]
+    # [seq, taps]: row j is of the position that predicted tokens[j]; taps is 0 for a method that reads none
+    features: Float[Tensor, "seq taps"]
+
+
+class Drafter(Protocol):
+    """Drafts for the sequences in a fixed number of slots; holds their state (caches, histories)."""
+
+    @property
+    def levels(self) -> int:
+        """Draft passes of the last `propose`."""
+
+    def start(self, slots: int, capacity: int) -> None:
+        """Forget everything; make room for `slots` sequences of at most `capacity` tokens, drafted ones included."""
+
+    def restart(self, slot: int) -> None:
+        """Forget the sequence in a slot: another takes its place."""
+
+    def propose(self, news: Sequence[News], policy: AnyTree, context: DraftContext) -> list[DraftTree]:
+        """Take in what was emitted and draft what may follow each sequence's last token.
 
         Args:
-            features: target features of the positions BEFORE `tokens`: row j belongs to the position that predicted
-                `tokens[j]` (taps is 0 for a method that reads none).
-            tokens: newly emitted target ids; on the first call, the prompt from its second token on, and the first
-                emitted token.
+            news: of the sequences to draft for, each in another slot.
             policy: how much to draft.
+            context: limits and experience; `context.drawing` has one generator for each of `news`.
         """
 
 
@@ -46,7 +64,7 @@ class DraftMethod(Protocol):
         """Which target layers it reads. Raises ConfigError when the target lacks them."""
 
     def drafter(self, head: nn.Module | None, device: torch.device) -> Drafter:
-        """A drafter for a new sequence."""
+        """A drafter without slots yet."""
 
 
 @runtime_checkable

@@ -6,21 +6,23 @@ token was written by the assistant and whose teacher's argmax the draft vocabula
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from sstf.config_loading import Section
 from sstf.errors import ConfigError
 from sstf.features.dataset import shift_left
 from sstf.features.spec import FeatureSpec
-from sstf.heads import Eagle3Head, EagleShape
+from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import fused_distill, teacher
-from sstf.targets import FrozenHead, TargetSpec
-from sstf.trees import Chain, DynamicTree, grow
+from sstf.methods.base import News
+from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
+from sstf.trees import AnyTree, DraftContext, behind, grow
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
 
@@ -126,7 +128,7 @@ class Eagle3Method:
         )
 
     def drafter(self, head: nn.Module | None, device: torch.device) -> Eagle3Drafter:
-        """A drafter with an empty key/value cache."""
+        """A drafter with the fused form of the head."""
         assert isinstance(head, Eagle3Head)
         return Eagle3Drafter(head)
 
@@ -155,61 +157,100 @@ def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
 
 
 class Eagle3Drafter:
-    """One sequence: a key/value cache of real positions, and behind it the entries of the tree being drafted."""
+    """Drafts with the fused form of the head. Its cache holds, for each slot, the positions whose features the target
+    computed, and behind them the nodes of the tree being drafted."""
 
     def __init__(self, head: Eagle3Head) -> None:
-        self.head = head
-        shape = head.shape
-        like = head.fc.weight
-        self.keys = like.new_empty(1, shape.num_kv_heads, 512, shape.head_dim)
-        self.values = torch.empty_like(self.keys)
-        self.length = 0  # positions whose features the target computed
+        self.step = FusedEagle(head)
+        self.draft_tokens = head.draft_tokens
+        self.lengths: list[int] = []
+        self.levels = 0
+        self.cache: PreallocatedCache
+
+    def start(self, slots: int, capacity: int) -> None:
+        """See `Drafter.start`."""
+        self.lengths = [0] * slots
+        self.cache = PreallocatedCache(("attention",), slots, capacity)
+        self.step.make_rope(capacity)
+
+    def restart(self, slot: int) -> None:
+        """See `Drafter.restart`."""
+        self.lengths[slot] = 0
 
     @torch.inference_mode()
-    def propose(self, features: Tensor, tokens: Tensor, policy: Chain | DynamicTree) -> DraftTree:
+    def propose(self, news: Sequence[News], policy: AnyTree, context: DraftContext) -> list[DraftTree]:
         """See `Drafter.propose`."""
-        head, count = self.head, len(tokens)
-        positions = torch.arange(self.length, self.length + count, device=tokens.device)
-        causal = torch.arange(self.length + count, device=tokens.device) <= positions[:, None]
-        out = self._forward(head.fc(features.to(head.fc.weight.dtype)), tokens, positions, causal)
-        self.length += count
-        last = out[-1:]
-        tree_rows = torch.zeros(1, 0, dtype=torch.bool, device=tokens.device)  # ancestors of the level's nodes
-        level = 0
+        slots = [one.slot for one in news]
+        last = self._take_in(news, slots)  # [batch, nodes of the last level, hidden]
+        past = [self.lengths[slot] for slot in slots]
+        batch, device = len(slots), last.device
+        level = nodes = 0
+        tail = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)  # ancestors of the last level's nodes
 
         def expand(parents: Tensor, draft_ids: Tensor) -> Tensor:
-            nonlocal last, tree_rows, level
-            width = len(parents)
-            own = torch.eye(width, dtype=torch.bool, device=parents.device)
-            tree_rows = torch.cat([tree_rows[parents], own], -1)
-            seen = torch.ones(width, self.length, dtype=torch.bool, device=parents.device)
-            at = torch.full((width,), self.length + level, device=parents.device)
-            mask = torch.cat([seen, tree_rows], -1)
-            last = self._forward(last[parents], head.draft_tokens[draft_ids], at, mask)
-            level += 1
-            return torch.log_softmax(head.logits(last).float(), -1)
+            nonlocal last, tail, level, nodes
+            width = parents.shape[1]
+            own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
+            tail = torch.cat([_pick(tail, parents), own], -1)
+            at = torch.tensor([[length + level] for length in past], device=device).expand(-1, width)
+            last = self._forward(
+                slots, _pick(last, parents), self.draft_tokens[draft_ids], at, [length + nodes for length in past],
+                behind(tail, past, max(past) + nodes + width),
+            )  # fmt: skip
+            level, nodes = level + 1, nodes + width
+            return self.step.logits(last)
 
-        first = torch.log_softmax(head.logits(last)[0].float(), -1)
-        return grow(policy, first, expand, head.draft_tokens)
+        trees = grow(policy, context, self.step.logits(last[:, 0]), expand, self.draft_tokens)
+        self.levels = level + 1
+        return trees
 
-    def _forward(self, g: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor) -> Tensor:
-        """Run the layer on [seq] rows, whose keys join the cache behind what `mask` [seq, visible] shows already."""
-        head = self.head
-        query, key, value = head.midlayer.qkv(head.embed(tokens[None]), g[None], *head.rope(positions[None]))
-        end = mask.shape[1]
-        self._make_room(end)
-        self.keys[:, :, end - len(tokens) : end] = key
-        self.values[:, :, end - len(tokens) : end] = value
-        groups = head.shape.num_heads // head.shape.num_kv_heads
-        attended = F.scaled_dot_product_attention(
-            query,
-            self.keys[:, :, :end].repeat_interleave(groups, 1),
-            self.values[:, :, :end].repeat_interleave(groups, 1),
-            attn_mask=mask,
-        )
-        return head.midlayer.finish(g[None], attended)[0]
+    def _take_in(self, news: Sequence[News], slots: list[int]) -> Tensor:
+        """Run the head over what was emitted; its output at the last token of each sequence, [batch, 1, hidden]."""
+        new = [i for i, slot in enumerate(slots) if self.lengths[slot] == 0]
+        if not new or len(slots) == 1:
+            return self._take_in_together(news, slots)
+        # A prompt is much longer than what a pass emits: each on its own, not everything padded to it.
+        groups = [[i] for i in new]
+        groups += [others] if (others := [i for i in range(len(slots)) if i not in new]) else []
+        parts = [self._take_in_together([news[i] for i in group], [slots[i] for i in group]) for group in groups]
+        order = torch.tensor([i for group in groups for i in group], device=self.draft_tokens.device)
+        return torch.cat(parts)[order.argsort()]
 
-    def _make_room(self, end: int) -> None:
-        while end > self.keys.shape[2]:
-            self.keys = torch.cat([self.keys, torch.empty_like(self.keys)], 2)
-            self.values = torch.cat([self.values, torch.empty_like(self.values)], 2)
+    def _take_in_together(self, news: Sequence[News], slots: list[int]) -> Tensor:
+        counts = [len(one.tokens) for one in news]
+        longest, device = max(counts), self.draft_tokens.device
+        past = [self.lengths[slot] for slot in slots]
+        tokens = torch.tensor([one.tokens + [0] * (longest - len(one.tokens)) for one in news], device=device)
+        features = pad_sequence([one.features for one in news], batch_first=True)
+        steps = torch.arange(longest, device=device)
+        causal = (steps <= steps[:, None]).expand(len(slots), -1, -1)
+        at = torch.tensor(past, device=device)[:, None] + steps
+        mask = behind(causal, past, max(past) + longest)
+        out = self._forward(slots, self.step.fuse(features), tokens, at, past, mask)
+        for slot, count in zip(slots, counts, strict=True):
+            self.lengths[slot] += count
+        if len(slots) == 1:
+            return out[:, -1:]
+        return out[torch.arange(len(slots), device=device), torch.tensor(counts, device=device) - 1][:, None]
+
+    def _forward(
+        self, slots: list[int], g: Tensor, tokens: Tensor, at: Tensor, starts: list[int], mask: Tensor
+    ) -> Tensor:
+        """The layer over [batch, rows], whose keys go behind the first `starts` of their slots."""
+        if len(self.lengths) == 1:
+            self.cache.write_behind(starts[0])
+        else:
+            rows = torch.tensor(slots, device=g.device)
+            where = torch.tensor(starts, device=g.device)[:, None] + torch.arange(g.shape[1], device=g.device)
+            # Padding may reach beyond the end; the last place is never seen and takes it.
+            where, at = where.clamp_max(self.cache.capacity - 1), at.clamp_max(self.cache.capacity - 1)
+            self.cache.write_rows(rows, where, min(mask.shape[-1], self.cache.capacity))
+            mask = mask[..., : self.cache.capacity]
+        return self.step(g, tokens, at, mask, self.cache)
+
+
+def _pick(rows: Tensor, index: Tensor) -> Tensor:
+    """rows [batch, width, dim] at index [batch, picked] -> [batch, picked, dim]."""
+    if rows.shape[1] == 1:
+        return rows.expand(-1, index.shape[1], -1)
+    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))

@@ -6,16 +6,19 @@ and vLLM's `ngram` method).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from pydantic import Field, model_validator
-from torch import Tensor, nn
+from torch import nn
 
 from sstf.config_loading import Section
 from sstf.features.spec import FeatureSpec
+from sstf.methods.base import News
 from sstf.targets import TargetSpec
-from sstf.trees import Chain, DynamicTree
+from sstf.trees import AnyTree, DraftContext
 from sstf.types import DraftTree
 
 
@@ -44,30 +47,73 @@ class NgramMethod:
         return FeatureSpec()
 
     def drafter(self, head: nn.Module | None, device: torch.device) -> NgramDrafter:
-        """A drafter with an empty history."""
+        """A drafter with empty histories."""
         return NgramDrafter(self.config, device)
 
 
 class NgramDrafter:
-    """Keeps, for every n-gram seen, where it last ended; a lookup is a few dictionary reads."""
+    """Proposes a chain of at most `policy.depth` and `policy.total_tokens` tokens; nothing where nothing matches."""
+
+    levels = 0  # no draft passes
 
     def __init__(self, config: NgramConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self.history: list[int] = []
+        self.histories: list[History] = []
+
+    def start(self, slots: int, capacity: int) -> None:
+        """See `Drafter.start`."""
+        self.histories = [History(self.config) for _ in range(slots)]
+
+    def restart(self, slot: int) -> None:
+        """See `Drafter.restart`."""
+        self.histories[slot] = History(self.config)
+
+    def propose(self, news: Sequence[News], policy: AnyTree, context: DraftContext) -> list[DraftTree]:
+        """See `Drafter.propose`."""
+        room = min(policy.depth, policy.total_tokens, context.depth)
+        found = []
+        for one in news:
+            self.histories[one.slot].extend(one.tokens)
+            found.append(chain(self.histories[one.slot].lookup().tokens[:room], self.device))
+        return found
+
+
+@dataclass(frozen=True)
+class Match:
+    """A continuation found in the text; `n` tokens before it matched (0: nothing was found)."""
+
+    n: int
+    tokens: list[int]
+
+
+class History:
+    """The tokens of one sequence and, for every n-gram seen, where it last ended: a lookup reads a dictionary."""
+
+    def __init__(self, config: NgramConfig) -> None:
+        self.config = config
+        self.tokens: list[int] = []
         self.ends: dict[tuple[int, ...], int] = {}  # n-gram -> index of the token behind it
 
-    def propose(self, features: Tensor, tokens: Tensor, policy: Chain | DynamicTree) -> DraftTree:
-        """A chain of at most `policy.depth` and `policy.total_tokens` tokens, empty when nothing matches."""
-        room = min(policy.depth, policy.total_tokens)
-        for token in tokens.tolist():
+    def extend(self, tokens: Sequence[int]) -> None:
+        """Append emitted tokens."""
+        for token in tokens:
             # Indexed before the token joins: an n-gram is worth finding only once something stands behind it.
             for n in range(self.config.min_n, self.config.max_n + 1):
-                if len(self.history) >= n:
-                    self.ends[tuple(self.history[-n:])] = len(self.history)
-            self.history.append(token)
+                if len(self.tokens) >= n:
+                    self.ends[tuple(self.tokens[-n:])] = len(self.tokens)
+            self.tokens.append(token)
+
+    def lookup(self) -> Match:
+        """What followed the latest place where the last tokens stood before, the longest match first."""
         for n in range(self.config.max_n, self.config.min_n - 1, -1):
-            start = self.ends.get(tuple(self.history[-n:])) if len(self.history) >= n else None
+            start = self.ends.get(tuple(self.tokens[-n:])) if len(self.tokens) >= n else None
             if start is not None:
-                found = torch.tensor(self.history[start : start + room], device=self.device)
-                return DraftTree(found, torch.arange(-1, len(found) - 1, device=self.device))
-        return DraftTree.empty(self.device)
+                return Match(n, self.tokens[start : start + 64])
+        return Match(0, [])
+
+
+def chain(tokens: list[int], device: torch.device, confidence: float | None = None) -> DraftTree:
+    """A tree of one path."""
+    nodes = torch.tensor(tokens, dtype=torch.int64, device=device)
+    chances = None if confidence is None else torch.full((len(tokens),), confidence, device=device)
+    return DraftTree(nodes, torch.arange(-1, len(tokens) - 1, device=device), chances)

@@ -6,9 +6,19 @@ nodes of a draft tree. This one writes in place, and `keep` moves the accepted n
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    LinearAttentionLayer,
+)
 
 
 class _Plan:
@@ -77,11 +87,21 @@ class PreallocatedCache(Cache):
     - `write_rows` places each row's tokens at its own positions: batched sampling with rows of different lengths.
     """
 
-    def __init__(self, num_layers: int, batch: int, capacity: int) -> None:
+    def __init__(self, kinds: Sequence[str], batch: int, capacity: int) -> None:
+        """Args:
+        kinds: `attention` or `recurrent`, one a layer. A recurrent state is transformers' own; with one, rows must
+            advance together.
+        batch: rows.
+        capacity: tokens a row.
+        """
         self.plan = _Plan()
         self.capacity = capacity
-        self._kv = [_Layer(self.plan, batch, capacity) for _ in range(num_layers)]
-        super().__init__(layers=list(self._kv))
+        layers: list[Any] = [
+            _Layer(self.plan, batch, capacity) if kind == "attention" else LinearAttentionLayer() for kind in kinds
+        ]
+        self._kv = [layer for layer in layers if isinstance(layer, _Layer)]
+        self._states = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
+        super().__init__(layers=layers)
 
     @property
     def length(self) -> int:
@@ -106,19 +126,70 @@ class PreallocatedCache(Cache):
             layer.values[:, :, start : start + count] = layer.values[:, :, source]
         self.plan.length += count
 
+    def keep_rows(self, rows: Tensor, lengths: Tensor, offsets: Tensor) -> None:
+        """The same for sequences of different lengths.
+
+        Args:
+            rows: [rows] int64, the cache rows of the last pass.
+            lengths: [rows] int64, tokens that each held before it.
+            offsets: [rows, kept] int64, 0 is the first token of the pass; shorter rows are padded with anything, what
+                that moves lies behind the row's new end.
+        """
+        source = lengths[:, None] + offsets
+        index = (rows[:, None], slice(None), lengths[:, None] + torch.arange(offsets.shape[1], device=rows.device))
+        for layer in self._kv:
+            assert layer.keys is not None and layer.values is not None
+            layer.keys[index] = layer.keys[rows[:, None], :, source]
+            layer.values[index] = layer.values[rows[:, None], :, source]
+
+    def forget(self) -> None:
+        """Set the recurrent states back to their beginning, for another sequence."""
+        for layer in self._states:
+            layer.reset()  # type: ignore[no-untyped-call]
+
+    def states(self) -> list[tuple[dict[int, Tensor | None], ...]]:
+        """A copy of the recurrent states, for `restore`."""
+        return [
+            tuple(
+                {i: None if state is None else state.clone() for i, state in states.items()}
+                for states in (layer.conv_states, layer.recurrent_states)
+            )
+            for layer in self._states
+        ]
+
+    def restore(self, states: list[tuple[dict[int, Tensor | None], ...]]) -> None:
+        """Take the last pass back out of the recurrent states."""
+        for layer, (conv, recurrent) in zip(self._states, states, strict=True):
+            layer.conv_states, layer.recurrent_states = conv, recurrent
+
+    def write_behind(self, length: int) -> None:
+        """Direct the next pass of a cache whose rows advance together behind its first `length` tokens."""
+        self.plan.rows, self.plan.length = None, length
+
     def write_rows(self, rows: Tensor, positions: Tensor, visible: int) -> None:
         """Direct the next pass to `rows` [rows], its tokens to `positions` [rows, seq], with keys [:visible] seen."""
         self.plan.rows, self.plan.positions, self.plan.visible = rows, positions, visible
 
 
 def causal_mask(positions: Tensor, visible: int) -> Tensor:
-    """4-D mask for rows whose key j stands at position j: query at position p sees keys 0..p.
+    """Mask for rows whose key j stands at position j: query at position p sees keys 0..p.
 
     Args:
         positions: [batch, seq] int64.
         visible: number of keys.
 
     Returns:
-        [batch, 1, seq, visible] bool, True where attention is allowed.
+        [batch, seq, visible] bool, True where attention is allowed.
     """
-    return torch.arange(visible, device=positions.device) <= positions[:, None, :, None]
+    return torch.arange(visible, device=positions.device) <= positions[:, :, None]
+
+
+def layer_kinds(config: Any) -> tuple[str, ...]:
+    """What each layer of a model keeps between passes: `attention` keys and values, a `recurrent` state, or something
+    else, named by transformers' class for it."""
+    kinds: dict[type, str] = {
+        DynamicLayer: "attention",
+        DynamicSlidingWindowLayer: "attention",
+        LinearAttentionLayer: "recurrent",
+    }
+    return tuple(kinds.get(type(layer), type(layer).__name__) for layer in DynamicCache(config=config).layers)

@@ -17,11 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 
 from sstf.config_loading import Section
 from sstf.errors import TargetError
-from sstf.targets.attention import NAME as GROUPED_SDPA
 from sstf.targets.attention import use_grouped_sdpa
-from sstf.targets.cache import PreallocatedCache
+from sstf.targets.cache import PreallocatedCache, layer_kinds
 from sstf.targets.embedded import EMBEDDED, locate
 from sstf.targets.frozen_head import FrozenHead, read_frozen_head
+from sstf.targets.masks import MaskMaker
 from sstf.targets.spec import TargetSpec, describe
 
 Dtype = Literal["bfloat16", "float16", "float32"]
@@ -88,6 +88,8 @@ class Target:
         self.layers = self._find_layers()
         self.device: torch.device = next(model.parameters()).device
         self.dtype: torch.dtype = next(model.parameters()).dtype
+        self.masks = MaskMaker(self.model.config, self.dtype)
+        self.layer_kinds = layer_kinds(self.model.config)
         self._frozen: FrozenHead | None = None
 
     def _find_layers(self) -> nn.ModuleList:
@@ -131,28 +133,33 @@ class Target:
 
     @property
     def context(self) -> int:
-        """Tokens that a sequence decoded here may have: the target's context, or its sliding window.
+        """Tokens that a sequence decoded here may have."""
+        return self.spec.max_position_embeddings
 
-        The masks made for batches and draft trees know no window, so they would show too much beyond it.
-        """
-        fields = self.model.config.get_text_config().to_dict()
-        window = fields.get("sliding_window")
-        slides = window and "sliding_attention" in (fields.get("layer_types") or ["sliding_attention"])
-        return min(self.spec.max_position_embeddings, int(window)) if slides else self.spec.max_position_embeddings
+    @property
+    def recurrent(self) -> bool:
+        """Whether some layers keep a recurrent state: it holds one history, so a tree cannot be verified in one pass,
+        and takes back no token, so a rejected draft costs another pass."""
+        return "recurrent" in self.layer_kinds
 
-    def mask(self, allowed: Tensor) -> Tensor:
-        """An attention mask from `allowed` (bool, True where attention is), in the form that the model takes.
-
-        SDPA takes it as it is; transformers' eager attention would ADD it to the scores, as 0 and 1.
-        """
-        if self.model.config._attn_implementation in ("sdpa", GROUPED_SDPA):
-            return allowed
-        lowest = torch.finfo(self.dtype).min
-        return torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device).masked_fill_(~allowed, lowest)
+    @property
+    def takes_trees(self) -> bool:
+        """Whether one pass can show each token its ancestors only."""
+        return not self.recurrent and "flash" not in self.model.config._attn_implementation
 
     def new_cache(self, capacity: int, batch: int = 1) -> PreallocatedCache:
-        """An empty key/value cache with room for `capacity` tokens a row."""
-        return PreallocatedCache(self.spec.num_layers, batch, capacity)
+        """An empty key/value cache with room for `capacity` tokens a row.
+
+        Raises:
+            TargetError: some layers keep a kind of state that cannot be cached here.
+        """
+        unknown = sorted(set(self.layer_kinds) - {"attention", "recurrent"})
+        if unknown:
+            raise TargetError(
+                f"target {self.spec.name}: layers with a cache of kind {unknown[0]} cannot be decoded here yet; "
+                "expected full, sliding or chunked attention, or a recurrent state"
+            )
+        return PreallocatedCache(self.layer_kinds, batch, capacity)
 
 
 def load_target(

@@ -143,7 +143,7 @@ class BatchSampler:
         cache.write_rows(torch.tensor(rows, device=device), positions, visible)
         output = self.target.decoder(
             ids.to(device),
-            attention_mask=self.target.mask(causal_mask(positions, visible)),
+            attention_mask=self.target.masks(causal_mask(positions, visible), positions),
             position_ids=positions,
             past_key_values=cache,
             use_cache=True,

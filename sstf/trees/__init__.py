@@ -1,6 +1,24 @@
-"""Draft trees: topology, growth policies; torch alone."""
+"""Draft trees: topology, policies and growth; torch alone."""
 
-from sstf.trees.policies import Chain, DynamicTree, TreePolicy, grow
-from sstf.trees.topology import ancestor_mask, children, depths
+from sstf.trees.growth import DraftContext, Drawing, grow
+from sstf.trees.policies import AnyTree, Chain, CostAwareTree, DynamicTree, StaticTree, TreePolicy
+from sstf.trees.topology import ancestor_mask, behind, children, depths, pass_tail, prune, union
 
-__all__ = ["Chain", "DynamicTree", "TreePolicy", "ancestor_mask", "children", "depths", "grow"]
+__all__ = [
+    "AnyTree",
+    "Chain",
+    "CostAwareTree",
+    "DraftContext",
+    "Drawing",
+    "DynamicTree",
+    "StaticTree",
+    "TreePolicy",
+    "ancestor_mask",
+    "behind",
+    "children",
+    "depths",
+    "grow",
+    "pass_tail",
+    "prune",
+    "union",
+]

@@ -1,94 +1,151 @@
-"""How much to draft and in which shape, decided before drafting, and the growth of a tree from a draft distribution.
+"""How much to draft and in which shape, decided before drafting.
 
-The dynamic tree is EAGLE-2's (arXiv 2406.16858): a node's score is the sum of log draft_probs along its path; each
-level expands the `top_k` best of its candidates; of ALL candidates seen, the `total_tokens` best are verified. A
-child never scores above its parent, so that choice is a connected tree. A chain is the same with one candidate.
+| policy | shape |
+|---|---|
+| `Chain` | one path |
+| `StaticTree` | always the same paths, named by ranks (EAGLE-1, arXiv 2401.15077; Medusa, arXiv 2401.10774) |
+| `DynamicTree` | EAGLE-2's (arXiv 2406.16858): the most probable nodes |
+| `CostAwareTree` | the dynamic tree, of the size and depth that promise most tokens a second on this machine |
+
+`growth.py` grows them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Annotated, Literal
 
-import torch
-from jaxtyping import Float, Int
-from pydantic import Field
-from torch import Tensor
+from pydantic import Field, field_validator, model_validator
 
 from sstf.config_loading import Section
-from sstf.types import DraftTree
+
+# How children are chosen: the best ones, or drawn from the draft distribution (which counts at temperature > 0 only).
+Draw = Literal["top", "without_replacement", "iid"]
 
 
-class Chain(Section):
+class _Policy(Section):
+    """`lookup` adds continuations found in the text itself (n-grams) as branches of the same tree."""
+
+    lookup: bool = False
+
+
+class _Shape(_Policy):
+    """A shape that does not depend on the draft distribution, so that children may also be drawn from it."""
+
+    draw: Draw = "top"
+
+    @model_validator(mode="after")
+    def _lookup_is_not_drawn(self) -> _Shape:
+        if self.lookup and self.draw != "top":
+            raise ValueError(f"lookup needs draw: top, found {self.draw}: what the text offers was not drawn")
+        return self
+
+
+class Chain(_Shape):
     """One path of `depth` tokens."""
 
     kind: Literal["chain"] = "chain"
     depth: int = Field(default=4, ge=1, le=64)
 
     @property
-    def top_k(self) -> int:
-        """Candidates a node."""
-        return 1
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """As a static tree."""
+        return tuple((0,) * length for length in range(1, self.depth + 1))
 
     @property
     def total_tokens(self) -> int:
-        """Nodes verified."""
+        """Nodes verified at most."""
+        return self.depth
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Nodes that the head runs on at most."""
         return self.depth
 
 
-class DynamicTree(Section):
-    """EAGLE-2's tree: `depth` levels, `top_k` nodes expanded a level, `total_tokens` nodes verified."""
+class StaticTree(_Shape):
+    """The same tree always. A path names a node by the ranks that lead to it: (0,) is the root's best child,
+    (0, 1) the second best child of that."""
 
-    kind: Literal["dynamic"] = "dynamic"
+    kind: Literal["static"] = "static"
+    paths: tuple[tuple[Annotated[int, Field(ge=0, lt=128)], ...], ...] = Field(min_length=1, max_length=1024)
+
+    @field_validator("paths")
+    @classmethod
+    def _a_tree(cls, paths: tuple[tuple[int, ...], ...]) -> tuple[tuple[int, ...], ...]:
+        known = set(paths)
+        if len(known) != len(paths) or () in known:
+            raise ValueError("paths names a node twice, or the root; expected every node once")
+        for path in paths:
+            needed = [path[:-1]] if len(path) > 1 else []
+            needed += [(*path[:-1], path[-1] - 1)] if path[-1] else []
+            for other in needed:
+                if other not in known:
+                    raise ValueError(
+                        f"paths holds {list(path)} but not {list(other)}; a node needs its parent and the siblings "
+                        "that rank before it"
+                    )
+        return tuple(sorted(paths, key=lambda path: (len(path), path)))
+
+    @classmethod
+    def full(cls, *widths: int, draw: Draw = "top") -> StaticTree:
+        """Every node of level i has `widths[i]` children."""
+        paths: list[tuple[int, ...]] = []
+        level: list[tuple[int, ...]] = [()]
+        for width in widths:
+            level = [(*path, rank) for path in level for rank in range(width)]
+            paths += level
+        return cls(paths=tuple(paths), draw=draw)
+
+    @property
+    def depth(self) -> int:
+        """Of the deepest node."""
+        return max(len(path) for path in self.paths)
+
+    @property
+    def total_tokens(self) -> int:
+        """Nodes verified at most."""
+        return len(self.paths)
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Nodes that the head runs on at most."""
+        return len(self.paths)
+
+
+class _Grown(_Policy):
+    """A shape that follows the draft distribution."""
+
     depth: int = Field(default=5, ge=1, le=64)
     top_k: int = Field(default=8, ge=1, le=128)
     total_tokens: int = Field(default=24, ge=1, le=1024)
+    calibrated: bool = False
+
+    @property
+    def drafted_tokens(self) -> int:
+        """Nodes that the head runs on at most."""
+        return self.depth * self.top_k
 
 
-TreePolicy = Annotated[Chain | DynamicTree, Field(discriminator="kind")]
+class DynamicTree(_Grown):
+    """EAGLE-2's tree: `depth` levels, `top_k` nodes expanded a level, `total_tokens` nodes verified.
 
-# (rows of the last level's expanded nodes, their tokens in draft ids) -> log draft_probs of their children
-Expand = Callable[[Tensor, Tensor], Tensor]
-
-
-def grow(
-    policy: Chain | DynamicTree,
-    root_log_probs: Float[Tensor, "draft_vocab"],
-    expand: Expand,
-    draft_tokens: Int[Tensor, "draft_vocab"],
-) -> DraftTree:
-    """Grow a tree.
-
-    Args:
-        policy: its shape.
-        root_log_probs: log draft_probs of the first drafted token.
-        expand: runs the head on one level. Gets `parents` [width] int64, the position of each node's parent among
-            the nodes of the previous call (all 0 on the first call: the root), and `tokens` [width] int64 draft ids;
-            returns [width, draft_vocab] log draft_probs of the next token.
-        draft_tokens: target ids of the draft vocabulary.
+    `calibrated` scores nodes by the acceptance that was observed for their depth, rank and confidence.
     """
-    each = min(policy.top_k, root_log_probs.shape[-1])  # candidates a node
-    scores, tokens = root_log_probs.topk(each)
-    parents = torch.full_like(tokens, -1)
-    all_scores, all_tokens, all_parents = [scores], [tokens], [parents]
-    beam = torch.arange(each, device=tokens.device)  # positions in this level of the nodes to expand
-    beam_parents = torch.zeros_like(tokens)
-    offset = 0  # node index of this level's first candidate
-    for _ in range(1, policy.depth):
-        log_probs = expand(beam_parents, tokens[beam])
-        level, token = log_probs.topk(each, dim=-1)  # [width, each]
-        parents = (offset + beam)[:, None].expand_as(token).flatten()
-        offset += len(tokens)
-        scores = (scores[beam][:, None] + level).flatten()
-        tokens = token.flatten()
-        all_scores.append(scores)
-        all_tokens.append(tokens)
-        all_parents.append(parents)
-        beam = scores.topk(min(policy.top_k, len(scores))).indices.sort().values
-        beam_parents = beam // each
-    flat_scores = torch.cat(all_scores)
-    # Stable, so that among equal scores the earlier node wins: a parent before its child.
-    best = flat_scores.sort(descending=True, stable=True).indices[: policy.total_tokens].sort().values
-    renumber = torch.full((len(flat_scores) + 1,), -1, dtype=torch.int64, device=best.device)
-    renumber[best] = torch.arange(len(best), device=best.device)
-    return DraftTree(draft_tokens[torch.cat(all_tokens)[best]], renumber[torch.cat(all_parents)[best]])
+
+    kind: Literal["dynamic"] = "dynamic"
+
+
+class CostAwareTree(_Grown):
+    """Grows while the expected tokens per second rise, by calibrated node scores and the measured cost of a pass.
+
+    `depth`, `top_k` and `total_tokens` are upper limits. On a GPU it costs one more read-back a level.
+    """
+
+    kind: Literal["cost_aware"] = "cost_aware"
+    depth: int = Field(default=8, ge=1, le=64)
+    total_tokens: int = Field(default=48, ge=1, le=1024)
+    calibrated: bool = True
+
+
+TreePolicy = Annotated[Chain | StaticTree | DynamicTree | CostAwareTree, Field(discriminator="kind")]
+AnyTree = Chain | StaticTree | DynamicTree | CostAwareTree

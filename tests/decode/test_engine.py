@@ -7,16 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
 
 from sstf.decode import Generation, SpeculativeDecoder, Verified, engine, verify_deterministic
 from sstf.decode.verify import draw
 from sstf.errors import DecodeError
 from sstf.features import FeatureSpec
 from sstf.methods import Eagle3Config, NgramConfig, build_method
+from sstf.methods.base import News
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
-from sstf.trees import Chain, DynamicTree, children
+from sstf.trees import Chain, DraftContext, DynamicTree, children
 from sstf.types import DraftTree
 from sstf.warping import warp
 
@@ -71,6 +72,7 @@ class Scripted:
 
     make: Callable[[list[int], Chain | DynamicTree], DraftTree]
     layers: tuple[int, ...] = ()
+    levels: int = 1
     history: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
 
@@ -78,14 +80,20 @@ class Scripted:
         return FeatureSpec(self.layers)
 
     def drafter(self, head: nn.Module | None, device: torch.device) -> Scripted:
-        self.history, self.features = [], []
         return self
 
-    def propose(self, features: Tensor, tokens: Tensor, policy: Chain | DynamicTree) -> DraftTree:
-        assert len(features) == len(tokens)
-        self.history += tokens.tolist()
-        self.features.append(features)
-        return self.make(self.history, policy)
+    def start(self, slots: int, capacity: int) -> None:
+        self.history, self.features = [], []
+
+    def restart(self, slot: int) -> None:
+        assert slot == 0
+
+    def propose(self, news: Sequence[News], policy: Chain | DynamicTree, context: DraftContext) -> list[DraftTree]:
+        (one,) = news
+        assert len(one.features) == len(one.tokens)
+        self.history += one.tokens
+        self.features.append(one.features)
+        return [self.make(self.history, policy.model_copy(update={"depth": min(policy.depth, context.depth)}))]
 
 
 def scripted(make: Callable[[list[int], Chain | DynamicTree], DraftTree], layers: tuple[int, ...] = ()) -> DraftHead:
@@ -195,7 +203,7 @@ def test_end_token_inside_an_accepted_path(tiny_target: Target, monkeypatch: pyt
     monkeypatch.setattr(Target, "end_tokens", frozenset({answer[stop]}))
     streamed: list[list[int]] = []
     decoder = SpeculativeDecoder(tiny_target, scripted(oracle(answer, prompt)), Chain(depth=4))
-    found = decoder.generate(prompt, NEW, on_tokens=streamed.append)
+    found = decoder.generate(prompt, NEW, on_step=lambda step: streamed.append(step.tokens))
     assert (
         found.token_ids == answer[: stop + 1] == SpeculativeDecoder(tiny_target, None).generate(prompt, NEW).token_ids
     )
@@ -267,24 +275,6 @@ def test_eager_attention(
         head = scripted(hidden_oracle(answer, prompt))
         found = SpeculativeDecoder(tiny_target, head, DynamicTree(depth=3, total_tokens=9)).generate(prompt, NEW)
         assert found.token_ids == answer
-
-
-def test_sliding_window(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Within the window it is full attention; beyond it this engine's masks would be wrong, so it says so."""
-    torch.manual_seed(0)
-    config = MistralConfig(
-        vocab_size=300, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, sliding_window=24, max_position_embeddings=64, initializer_range=0.1,
-    )  # fmt: skip
-    target = Target("window", MistralForCausalLM(config), tokenizer)
-    assert target.context == 24
-    ids = torch.tensor([[5, 6, 7, 8]])
-    out = target.model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
-    )
-    assert SpeculativeDecoder(target, None).generate([5, 6, 7, 8], 20).token_ids == out[0, 4:].tolist()
-    with pytest.raises(DecodeError, match="more than the target's context of 24"):
-        SpeculativeDecoder(target, None).generate([5, 6, 7, 8], 21)
 
 
 # ---- errors ----------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ from sstf.errors import ConfigError
 from sstf.features import FeatureSpec
 from sstf.heads import Eagle3Head
 from sstf.methods import Eagle3Config, TrainableMethod, build_method, eagle3
+from sstf.methods.base import News
 from sstf.targets import FrozenHead, Target
-from sstf.trees import Chain, DynamicTree
+from sstf.trees import AnyTree, Chain, DraftContext, DynamicTree, StaticTree
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
 DRAFT_TOKENS = torch.arange(0, 300, 2)  # the even half of the vocabulary
@@ -114,21 +116,24 @@ def drafted(
     """Log draft_probs of each level when the drafter is fed `fed[level]` (one node or several), after `calls`."""
     levels: list[Tensor] = []
 
-    def forced(policy: object, first: Tensor, expand: Callable[..., Tensor], draft_tokens: Tensor) -> DraftTree:
-        levels[:] = [first[None]]
+    def forced(
+        policy: object, context: object, first: Tensor, expand: Callable[..., Tensor], draft_tokens: Tensor
+    ) -> list[DraftTree]:
+        levels[:] = [torch.log_softmax(first, -1)]
         for level, tokens in enumerate(fed):
             # Level 0 hangs at the root; later nodes each continue the node in the same place.
             parents = torch.zeros(len(tokens), dtype=torch.int64) if level == 0 else torch.arange(len(tokens))
             ids = torch.searchsorted(draft_tokens, torch.tensor(tokens))
             assert draft_tokens[ids].tolist() == tokens
-            levels.append(expand(parents, ids))
-        return DraftTree.empty(first.device)
+            levels.append(torch.log_softmax(expand(parents[None], ids[None])[0], -1))
+        return [DraftTree.empty(first.device)]
 
     drafter = make_method().drafter(head, torch.device("cpu"))
+    drafter.start(1, 64)
     with patch.context() as patched:
         patched.setattr(eagle3, "grow", forced)
         for features, tokens in calls:
-            drafter.propose(features, tokens, Chain())
+            drafter.propose([News(0, tokens.tolist(), features)], Chain(), DraftContext(8))
     return levels
 
 
@@ -187,18 +192,72 @@ def test_branches_do_not_see_each_other(
 
 
 @torch.no_grad()
-def test_the_drafters_cache_grows(head: Eagle3Head) -> None:
-    """700 positions, beyond its first 512, in one call or many."""
+def test_many_positions_in_one_call_or_many(head: Eagle3Head) -> None:
     generator = torch.Generator().manual_seed(0)
     features, tokens = torch.randn(700, 192, generator=generator), torch.randint(300, (700,), generator=generator)
     policy = DynamicTree(depth=3, top_k=3, total_tokens=8)
-    whole = make_method().drafter(head, torch.device("cpu")).propose(features, tokens, policy)
     drafter = make_method().drafter(head, torch.device("cpu"))
-    for start, end in ((0, 510), (510, 511), (511, 700)):
-        pieces = drafter.propose(features[start:end], tokens[start:end], policy)
-    assert whole.tokens.tolist() == pieces.tokens.tolist()
-    assert whole.parents.tolist() == pieces.parents.tolist()
-    assert set(whole.tokens.tolist()) <= set(DRAFT_TOKENS.tolist())
+    found = []
+    for cuts in ((0, 700), (0, 510, 511, 700)):
+        drafter.start(1, 710)
+        for start, end in pairwise(cuts):
+            (tree,) = drafter.propose(
+                [News(0, tokens[start:end].tolist(), features[start:end])], policy, DraftContext(9)
+            )
+        found.append((tree.tokens.tolist(), tree.parents.tolist()))
+    assert found[0] == found[1]
+    assert set(found[0][0]) <= set(DRAFT_TOKENS.tolist())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "policy", [Chain(depth=4), DynamicTree(depth=4, top_k=3, total_tokens=9), StaticTree.full(3, 2)]
+)
+def test_a_batch_drafts_what_each_sequence_drafts_alone(head: Eagle3Head, policy: AnyTree) -> None:
+    """Sequences of different lengths, in changing company; one ends and another takes its slot."""
+    generator = torch.Generator().manual_seed(1)
+    features, tokens = torch.randn(4, 60, 192, generator=generator), torch.randint(300, (4, 60), generator=generator)
+    #           slot, text, from, to
+    calls = [
+        [(0, 0, 0, 9), (1, 1, 0, 30), (2, 2, 0, 1)],
+        [(0, 0, 9, 11), (1, 1, 30, 34), (2, 2, 1, 2)],
+        [(0, 0, 11, 12), (2, 2, 2, 5)],
+        [(0, 0, 12, 30), (1, 3, 0, 21), (2, 2, 5, 6)],
+        [(1, 3, 21, 22), (2, 2, 6, 60)],
+    ]
+    together = make_method().drafter(head, torch.device("cpu"))
+    together.start(3, 80)
+    alone = {text: make_method().drafter(head, torch.device("cpu")) for text in range(4)}
+    for drafter in alone.values():
+        drafter.start(1, 80)
+    for call in calls:
+        for slot, _, start, _ in call:
+            if start == 0:
+                together.restart(slot)
+        news = [News(slot, tokens[text, a:b].tolist(), features[text, a:b]) for slot, text, a, b in call]
+        trees = together.propose(news, policy, DraftContext(9))
+        for one, tree, (_, text, _, _) in zip(news, trees, call, strict=True):
+            (expected,) = alone[text].propose([News(0, one.tokens, one.features)], policy, DraftContext(9))
+            assert tree.tokens.tolist() == expected.tokens.tolist()
+            assert tree.parents.tolist() == expected.parents.tolist()
+            torch.testing.assert_close(tree.confidence, expected.confidence, atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_a_batch_fills_its_cache_to_the_brim(head: Eagle3Head) -> None:
+    """Padding of a short sequence beside a long one reaches beyond the capacity, and may not overwrite anything."""
+    generator = torch.Generator().manual_seed(1)
+    features, tokens = torch.randn(2, 48, 192, generator=generator), torch.randint(300, (2, 48), generator=generator)
+    policy = Chain(depth=2)
+    capacity = 48 + policy.drafted_tokens + 1
+    drafter, alone = (make_method().drafter(head, torch.device("cpu")) for _ in range(2))
+    drafter.start(2, capacity)
+    alone.start(1, capacity)
+    for (a, b), (c, d) in (((0, 40), (0, 10)), ((40, 46), (10, 40)), ((46, 48), (40, 41))):
+        news = [News(0, tokens[0, a:b].tolist(), features[0, a:b]), News(1, tokens[1, c:d].tolist(), features[1, c:d])]
+        found = drafter.propose(news, policy, DraftContext(2))[0]
+        (expected,) = alone.propose(news[:1], policy, DraftContext(2))
+        assert found.tokens.tolist() == expected.tokens.tolist()
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------

@@ -8,17 +8,23 @@ from pydantic import ValidationError
 
 from sstf.features import FeatureSpec
 from sstf.methods import DraftMethod, NgramConfig, TrainableMethod, build_method
+from sstf.methods.base import News
 from sstf.targets import Target
-from sstf.trees import Chain, DynamicTree
+from sstf.trees import Chain, DraftContext, DynamicTree
 
 CPU = torch.device("cpu")
+
+
+def news(tokens: list[int]) -> News:
+    return News(0, tokens, torch.empty(len(tokens), 0))
 
 
 def propose(history: list[list[int]], depth: int = 3, min_n: int = 2, max_n: int = 4) -> list[int]:
     """The drafted chain after tokens that arrived in these pieces."""
     drafter = build_method(NgramConfig(min_n=min_n, max_n=max_n)).drafter(None, CPU)
+    drafter.start(1, 64)
     for piece in history:
-        tree = drafter.propose(torch.empty(len(piece), 0), torch.tensor(piece), Chain(depth=depth))
+        (tree,) = drafter.propose([news(piece)], Chain(depth=depth), DraftContext(64))
     assert tree.parents.tolist() == list(range(-1, len(tree) - 1))
     found: list[int] = tree.tokens.tolist()
     return found
@@ -66,8 +72,9 @@ def test_reads_no_features_and_learns_nothing(tiny_target: Target) -> None:
 
 def test_never_drafts_more_than_the_policy_verifies() -> None:
     drafter = build_method(NgramConfig()).drafter(None, CPU)
-    tokens = torch.tensor([*range(20), 0, 1])
-    tree = drafter.propose(torch.empty(22, 0), tokens, DynamicTree(depth=9, top_k=1, total_tokens=4))
+    drafter.start(1, 64)
+    tokens = [*range(20), 0, 1]
+    (tree,) = drafter.propose([news(tokens)], DynamicTree(depth=9, top_k=1, total_tokens=4), DraftContext(64))
     assert tree.tokens.tolist() == [2, 3, 4, 5]
 
 

@@ -95,7 +95,7 @@ def test_rows_at_positions_of_their_own(tiny_target: Target) -> None:
     def step(rows: Tensor, ids: Tensor, positions: Tensor, visible: int) -> Tensor:
         cache.write_rows(rows, positions, visible)
         found: Tensor = tiny_target.model(
-            ids, attention_mask=causal_mask(positions, visible), position_ids=positions, past_key_values=cache
+            ids, attention_mask=causal_mask(positions, visible)[:, None], position_ids=positions, past_key_values=cache
         ).logits
         return found
 
@@ -114,5 +114,5 @@ def test_rows_at_positions_of_their_own(tiny_target: Target) -> None:
 
 def test_causal_mask_by_hand() -> None:
     mask = causal_mask(torch.tensor([[0, 1], [2, 3]]), 4)
-    assert mask.shape == (2, 1, 2, 4)
-    assert mask[:, 0].int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]
+    assert mask.shape == (2, 2, 4)
+    assert mask.int().tolist() == [[[1, 0, 0, 0], [1, 1, 0, 0]], [[1, 1, 1, 0], [1, 1, 1, 1]]]

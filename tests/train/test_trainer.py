@@ -19,12 +19,13 @@ from sstf.features import Features, FeatureStore
 from sstf.features.store import write_manifest, write_shard
 from sstf.methods import Eagle3Config, Eagle3Method
 from sstf.methods import checkpoint as head_files
+from sstf.methods.base import News
 from sstf.methods.checkpoint import read_head
 from sstf.methods.eagle3 import Eagle3Drafter
 from sstf.targets import Target
 from sstf.train import checkpoint as checkpoint_files
 from sstf.train.trainer import Trainer, learning_rate
-from sstf.trees import Chain
+from sstf.trees import Chain, DraftContext
 from sstf.types import TokenSample
 
 FIRST_LOSS = 0.2757  # nats a token, step 0 of the test-time training
@@ -199,6 +200,7 @@ def test_simulated_accepted_length_is_that_of_real_chains(store: FeatureStore, t
     trainer = make_trainer(store, tmp_path, config)
     trainer.run(NoProgress(), "tiny", {})
     head, steps = trainer.module.head, METHOD.ttt_steps
+    drafter = Eagle3Drafter(head)  # type: ignore[arg-type]
     accepted = []
     for index in trainer.held_out:
         rows = store[index]
@@ -207,8 +209,9 @@ def test_simulated_accepted_length_is_that_of_real_chains(store: FeatureStore, t
             text = ids[t + 2 : t + 2 + steps]
             if len(text) < steps or not all(mask[t + 2 : t + 2 + steps]):
                 continue
-            drafter = Eagle3Drafter(head)  # type: ignore[arg-type]
-            tree = drafter.propose(rows.features[: t + 1], rows.input_ids[1 : t + 2], Chain(depth=steps))
+            news = News(0, rows.input_ids[1 : t + 2].tolist(), rows.features[: t + 1])
+            drafter.start(1, len(ids) + steps)
+            (tree,) = drafter.propose([news], Chain(depth=steps), DraftContext(steps))
             drafts = tree.tokens.tolist()
             accepted.append(next((i for i in range(steps) if drafts[i] != text[i]), steps))
     expected = 1 + sum(accepted) / len(accepted)

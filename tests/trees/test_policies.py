@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from sstf.trees import Chain, DynamicTree, TreePolicy, grow
+from sstf.trees import AnyTree, Chain, DraftContext, DynamicTree, TreePolicy, grow
 from sstf.types import DraftTree
 
 Path = tuple[int, ...]  # draft ids from the first drafted token on
@@ -30,13 +30,15 @@ class Draft:
 
     def expand(self, parents: Tensor, tokens: Tensor) -> Tensor:
         assert parents.dtype == tokens.dtype == torch.int64
-        self.widths.append(len(tokens))
-        pairs = zip(parents.tolist(), tokens.tolist(), strict=True)
+        assert parents.shape == tokens.shape and len(parents) == 1
+        self.widths.append(tokens.shape[1])
+        pairs = zip(parents[0].tolist(), tokens[0].tolist(), strict=True)
         self.level = [(*self.level[parent], token) for parent, token in pairs]
-        return torch.stack([self.log_probs(path) for path in self.level])
+        return torch.stack([self.log_probs(path) for path in self.level])[None]
 
-    def grow(self, policy: Chain | DynamicTree) -> DraftTree:
-        return grow(policy, self.log_probs(()), self.expand, self.draft_tokens)
+    def grow(self, policy: AnyTree, context: DraftContext = DraftContext(64)) -> DraftTree:  # noqa: B008
+        (tree,) = grow(policy, context, self.log_probs(())[None], self.expand, self.draft_tokens)
+        return tree
 
     def score(self, path: Path) -> float:
         return sum(float(self.log_probs(path[:i])[token]) for i, token in enumerate(path))
@@ -113,9 +115,10 @@ def test_dynamic_tree_by_hand() -> None:
     log_probs = torch.tensor([0.6, 0.4]).log()
 
     def expand(parents: Tensor, tokens: Tensor) -> Tensor:
-        return log_probs.expand(len(tokens), 2)
+        return log_probs.expand(*tokens.shape, 2)
 
-    tree = grow(DynamicTree(depth=3, top_k=2, total_tokens=5), log_probs, expand, torch.tensor([10, 20]))
+    policy = DynamicTree(depth=3, top_k=2, total_tokens=5)
+    (tree,) = grow(policy, DraftContext(9), log_probs[None], expand, torch.tensor([10, 20]))
     assert tree.tokens.tolist() == [10, 20, 10, 20, 10]
     assert tree.parents.tolist() == [-1, -1, 0, 0, 1]
 
@@ -125,10 +128,11 @@ def test_certain_drafts_keep_parents_before_children() -> None:
     certain = torch.tensor([0.0, -math.inf, -math.inf])
 
     def expand(parents: Tensor, tokens: Tensor) -> Tensor:
-        return certain.expand(len(tokens), 3)
+        return certain.expand(*tokens.shape, 3)
 
     for total in range(1, 5):
-        tree = grow(DynamicTree(depth=4, top_k=2, total_tokens=total), certain, expand, torch.arange(3))
+        policy = DynamicTree(depth=4, top_k=2, total_tokens=total)
+        (tree,) = grow(policy, DraftContext(9), certain[None], expand, torch.arange(3))
         assert tree.tokens.tolist() == [0] * total
         assert tree.parents.tolist() == list(range(-1, total - 1))
 
@@ -142,7 +146,7 @@ def test_fewer_candidates_than_asked_for() -> None:
 def test_policies_from_a_config() -> None:
     adapter: TypeAdapter[Chain | DynamicTree] = TypeAdapter(TreePolicy)
     assert adapter.validate_python({"kind": "chain", "depth": 3}) == Chain(depth=3)
-    assert (Chain(depth=3).top_k, Chain(depth=3).total_tokens) == (1, 3)
+    assert Chain(depth=3).total_tokens == 3
     for wrong in ({"kind": "chain", "depth": 0}, {"kind": "dynamic", "top_k": 0}, {"kind": "dynamic", "width": 3}):
         with pytest.raises(ValidationError):
             adapter.validate_python(wrong)
