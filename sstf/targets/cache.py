@@ -145,7 +145,7 @@ class PreallocatedCache(Cache):
     def forget(self) -> None:
         """Set the recurrent states back to their beginning, for another sequence."""
         for layer in self._states:
-            layer.reset()  # type: ignore[no-untyped-call]
+            layer.reset()
 
     def states(self) -> list[tuple[dict[int, Tensor | None], ...]]:
         """A copy of the recurrent states, for `restore`."""
