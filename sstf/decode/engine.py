@@ -35,7 +35,7 @@ from sstf.errors import DecodeError
 from sstf.methods import Drafter
 from sstf.methods.base import News
 from sstf.methods.checkpoint import DraftHead
-from sstf.targets import LayerTaps, Target
+from sstf.targets import Target
 from sstf.trees import AnyTree, Chain, CostAwareTree, DraftContext, Drawing, DynamicTree, children
 from sstf.types import DraftTree, SamplingParams
 from sstf.warping import warp
@@ -109,6 +109,8 @@ class SpeculativeDecoder:
         self.policy: AnyPolicy = _for_chains_only(policy or Chain(), target) if head else policy or Chain()
         self.experience = experience or Experience()
         self.layers = head.method.feature_spec(target.spec).layers if head else ()
+        self.taps = target.tap(self.layers)
+        self._passes: Passes | None = None
         self.drafter: Drafter | None = None
         if head:
             first = head.method.drafter(head.module, target.device)
@@ -177,8 +179,15 @@ class SpeculativeDecoder:
         if slots > 1 and not self.target.takes_trees:
             warnings.warn("this target's layers or attention take one sequence at a time: slots is 1", stacklevel=2)
             slots = 1
-        with self.target.tap(self.layers) as taps:
-            return _Run(self, requests, slots, taps if self.layers else None, on_step).run()
+        with self.taps:
+            return _Run(self, requests, slots, on_step).run()
+
+    def passes(self, slots: int, capacity: int) -> Passes:
+        """The target's passes and cache, kept from call to call: no reallocation, and graphs stay valid."""
+        if self._passes is None or self._passes.slots != slots or self._passes.capacity < capacity:
+            self._passes = None  # the old cache is freed before the new one is made
+            self._passes = Passes(self.target, self.taps if self.layers else None, slots, -(-capacity // 256) * 256)
+        return self._passes
 
 
 def _for_chains_only(policy: AnyPolicy, target: Target) -> AnyPolicy:
@@ -261,7 +270,6 @@ class _Run:
         decoder: SpeculativeDecoder,
         requests: Sequence[_Request],
         slots: int,
-        taps: LayerTaps | None,
         on_step: Callable[[int, Step], None] | None,
     ) -> None:
         self.decoder, self.target, self.on_step = decoder, decoder.target, on_step
@@ -269,7 +277,7 @@ class _Run:
         self.policies = tree_policies(decoder.policy) if decoder.drafter else []
         nodes = max((p.total_tokens + (LONGEST if p.lookup else 0) for p in self.policies), default=0)
         capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
-        self.passes = Passes(self.target, taps, slots, capacity + nodes + 1)
+        self.passes = decoder.passes(slots, capacity + nodes + 1)
         if decoder.drafter:
             decoder.drafter.start(slots, capacity + max(p.drafted_tokens for p in self.policies) + 1)
         self.free = list(range(slots))[::-1]

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from sstf.targets import LayerTaps, Target
+from sstf.targets.graphs import ROWS, GraphRunner, padded_keys, padded_rows
 from sstf.trees import ancestor_mask, behind, depths, pass_tail
 from sstf.types import DraftTree
 
@@ -25,8 +26,10 @@ class Passes:
 
     def __init__(self, target: Target, taps: LayerTaps | None, slots: int, capacity: int) -> None:
         self.target, self.taps = target, taps
-        self.cache = target.new_cache(capacity, slots)
-        self.slots = slots
+        plain_masks = target.takes_trees and not target.masks.by_position
+        self.graphs = GraphRunner(target.device) if target.device.type == "cuda" and plain_masks else None
+        self.cache = target.new_cache(capacity + ROWS[-1], slots)  # graphs round rows up
+        self.slots, self.capacity = slots, capacity
         self.last: Tensor  # ids of the last verify pass
 
     def prefill(self, slot: int, prompt: Sequence[int]) -> tuple[Float[Tensor, "vocab"], Float[Tensor, "seq taps"]]:
@@ -63,6 +66,10 @@ class Passes:
         within = ancestor_mask(parents, depth=nodes)
         starts = torch.tensor([[length] for length in past], device=device)
         positions = torch.cat([starts, starts + depths(within)], 1).clamp_max_(self.target.context - 1)
+        size = padded_rows(nodes + 1)
+        if self.graphs and size:
+            tail = F.pad(pass_tail(within), (0, size - nodes - 1, 0, size - nodes - 1))
+            return self._replayed(self.graphs, slots, past, ids, positions, tail)
         mask = behind(pass_tail(within), past, max(past) + nodes + 1) if self.target.takes_trees else None
         if self.slots == 1:
             self.cache.write_behind(past[0])
@@ -75,13 +82,42 @@ class Passes:
         hidden = self._forward(ids, positions, mask, past)
         return self._logits(hidden), self._features(hidden)
 
+    def _replayed(
+        self,
+        graphs: GraphRunner,
+        slots: Sequence[int],
+        past: Sequence[int],
+        ids: Tensor,
+        positions: Tensor,
+        tail: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """A verify pass of rounded sizes. Rows of padding see the past alone, and nobody sees them."""
+        rows, size = ids.shape[1], tail.shape[1]
+        visible = padded_keys(max(past) + size, self.cache.capacity)
+        starts = torch.tensor([[length] for length in past], device=ids.device)
+        inputs = {
+            "ids": F.pad(ids, (0, size - rows)),
+            "positions": F.pad(positions, (0, size - rows)),
+            "mask": behind(tail, past, visible),
+            "slots": torch.tensor(slots, device=ids.device),
+            "where": starts + torch.arange(size, device=ids.device),
+        }
+
+        def work(static: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            self.cache.write_rows(static["slots"], static["where"], visible)
+            hidden = self._forward(static["ids"], static["positions"], static["mask"])
+            return self._logits(hidden), self._features(hidden)
+
+        logits, features = graphs((len(slots), size, visible), inputs, work)
+        return logits[:, :rows], features[:, :rows]
+
     def keep(self, slots: Sequence[int], past: Sequence[int], kept: Sequence[Sequence[int]]) -> None:
         """Of the last pass's rows keep `kept` (ascending, from the root on) behind the past, and nothing else."""
         if self.target.recurrent:
             self._replay(past[0], len(kept[0]))
         elif any(rows != list(range(len(rows))) for rows in map(list, kept)):  # else they lie where they belong
             device = self.target.device
-            if self.slots == 1:
+            if self.slots == 1 and not self.graphs:
                 self.cache.keep(torch.tensor(kept[0], device=device))
             else:
                 longest = max(len(rows) for rows in kept)

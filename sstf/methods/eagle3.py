@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from pydantic import Field
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from sstf.config_loading import Section
@@ -22,6 +23,7 @@ from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import fused_distill, teacher
 from sstf.methods.base import News
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
+from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
 from sstf.trees import AnyTree, DraftContext, behind, grow
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
@@ -166,12 +168,19 @@ class Eagle3Drafter:
         self.lengths: list[int] = []
         self.levels = 0
         self.cache: PreallocatedCache
+        device = self.draft_tokens.device
+        self.graphs = GraphRunner(device) if device.type == "cuda" else None
 
     def start(self, slots: int, capacity: int) -> None:
-        """See `Drafter.start`."""
+        """See `Drafter.start`. A cache that is large enough stays, and with it the graphs over its memory."""
+        fits = len(self.lengths) == slots and self.cache.capacity >= capacity
         self.lengths = [0] * slots
-        self.cache = PreallocatedCache(("attention",), slots, capacity)
-        self.step.make_rope(capacity)
+        if not fits:
+            capacity = -(-capacity // 256) * 256
+            self.cache = PreallocatedCache(("attention",), slots, capacity)
+            self.step.make_rope(capacity)
+            if self.graphs:
+                self.graphs = GraphRunner(self.draft_tokens.device)
 
     def restart(self, slot: int) -> None:
         """See `Drafter.restart`."""
@@ -219,9 +228,12 @@ class Eagle3Drafter:
     def _take_in_together(self, news: Sequence[News], slots: list[int]) -> Tensor:
         counts = [len(one.tokens) for one in news]
         longest, device = max(counts), self.draft_tokens.device
+        if self.graphs:
+            longest = padded_rows(longest) or longest
         past = [self.lengths[slot] for slot in slots]
         tokens = torch.tensor([one.tokens + [0] * (longest - len(one.tokens)) for one in news], device=device)
         features = pad_sequence([one.features for one in news], batch_first=True)
+        features = F.pad(features, (0, 0, 0, longest - features.shape[1]))
         steps = torch.arange(longest, device=device)
         causal = (steps <= steps[:, None]).expand(len(slots), -1, -1)
         at = torch.tensor(past, device=device)[:, None] + steps
@@ -229,7 +241,7 @@ class Eagle3Drafter:
         out = self._forward(slots, self.step.fuse(features), tokens, at, past, mask)
         for slot, count in zip(slots, counts, strict=True):
             self.lengths[slot] += count
-        if len(slots) == 1:
+        if out.shape[:2] == (1, counts[0]):
             return out[:, -1:]
         return out[torch.arange(len(slots), device=device), torch.tensor(counts, device=device) - 1][:, None]
 
@@ -237,16 +249,33 @@ class Eagle3Drafter:
         self, slots: list[int], g: Tensor, tokens: Tensor, at: Tensor, starts: list[int], mask: Tensor
     ) -> Tensor:
         """The layer over [batch, rows], whose keys go behind the first `starts` of their slots."""
-        if len(self.lengths) == 1:
+        if len(self.lengths) == 1 and not self.graphs:
             self.cache.write_behind(starts[0])
-        else:
-            rows = torch.tensor(slots, device=g.device)
-            where = torch.tensor(starts, device=g.device)[:, None] + torch.arange(g.shape[1], device=g.device)
-            # Padding may reach beyond the end; the last place is never seen and takes it.
-            where, at = where.clamp_max(self.cache.capacity - 1), at.clamp_max(self.cache.capacity - 1)
-            self.cache.write_rows(rows, where, min(mask.shape[-1], self.cache.capacity))
-            mask = mask[..., : self.cache.capacity]
-        return self.step(g, tokens, at, mask, self.cache)
+            return self.step(g, tokens, at, mask, self.cache)
+        # Padding may reach beyond the end; the last place is never seen and takes it.
+        last, mask = self.cache.capacity - 1, mask[..., : self.cache.capacity]
+        where = torch.tensor(starts, device=g.device)[:, None] + torch.arange(g.shape[1], device=g.device)
+        visible = mask.shape[-1]
+        if self.graphs:
+            visible = padded_keys(visible, self.cache.capacity)
+            mask = F.pad(mask, (0, visible - mask.shape[-1]))
+        inputs = {
+            "g": g,
+            "tokens": tokens,
+            "at": at.clamp_max(last),
+            "mask": mask,
+            "slots": torch.tensor(slots, device=g.device),
+            "where": where.clamp_max(last),
+        }
+
+        def work(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            self.cache.write_rows(x["slots"], x["where"], visible)
+            return (self.step(x["g"], x["tokens"], x["at"], x["mask"], self.cache),)
+
+        if self.graphs and padded_rows(g.shape[1]):
+            (out,) = self.graphs((*g.shape[:2], visible), inputs, work)
+            return out.clone()  # the next level may run in the same graph
+        return work(inputs)[0]
 
 
 def _pick(rows: Tensor, index: Tensor) -> Tensor:
