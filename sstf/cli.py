@@ -8,7 +8,9 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
+from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +32,15 @@ COMMANDS = {
     "eval": ("measure accepted length and speedup against the plain target", ("eval",)),
     "export": ("write the head in the forms that serving engines load", ("export",)),
 }
+# Checked by `chat.ChatConfig`, whose defaults these texts repeat.
+CHAT_OPTIONS = (
+    ("--policy", "YAML", "how to draft (default: a cost-aware tree with lookup)"),
+    ("--temperature", "T", "0 is greedy (default: 0)"),
+    ("--top-p", "P", "sample from the most likely tokens that hold this share (default: 1)"),
+    ("--top-k", "K", "sample from so many most likely tokens; 0 is off (default: 0)"),
+    ("--max-new-tokens", "N", "the longest answer (default: 512)"),
+    ("--seed", "N", "of the sampling (default: 0)"),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -54,16 +65,38 @@ def _parser() -> argparse.ArgumentParser:
         )
         sub.add_argument("config", type=Path, help="the run's YAML file")
         sub.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
+    _add_chat(commands.add_parser("chat", help="talk to a target and see what its head drafts"))
     return parser
+
+
+def _add_chat(sub: argparse.ArgumentParser) -> None:
+    sub.description = (
+        "Talk to a target and see what its head drafts: drafted and accepted tokens are coloured. Without a terminal, "
+        "every line of the input is a message: the answers go to the output, all else to the error output."
+    )
+    sub.epilog = "example: sstf chat runs/demo --policy '{kind: dynamic, depth: 3, top_k: 4, total_tokens: 12}'"
+    sub.add_argument("head", metavar="HEAD", help="a head's folder, a run with one, or ngram: prompt lookup")
+    sub.add_argument("--target", metavar="NAME", help="embedded name, folder or hub id, if not where the head says")
+    for option, metavar, text in CHAT_OPTIONS:
+        sub.add_argument(option, metavar=metavar, help=text)
+    sub.add_argument("--system", metavar="TEXT", help="what stands before the conversation")
+    sub.add_argument(
+        "--experience", metavar="FILE", type=Path, help="what decoding learned: loaded, and saved at the end"
+    )
+    sub.add_argument("--no-draft", action="store_true", help="decode plainly, to compare")
 
 
 def run_command(args: argparse.Namespace) -> int:
     """Run one command; every error that a user can cause is one sentence on stderr."""
     err = Console(stderr=True)
+    if args.command == "chat":
+        return guarded(err, lambda: _chat(args, err), "interrupted")
     return guarded(err, lambda: _execute(args, err))
 
 
-def guarded(err: Console, work: Callable[[], None]) -> int:
+def guarded(
+    err: Console, work: Callable[[], None], interrupted: str = "interrupted; the same command goes on from here"
+) -> int:
     """Run `work` and turn its errors into an exit code and one sentence."""
     try:
         work()
@@ -81,7 +114,7 @@ def guarded(err: Console, work: Callable[[], None]) -> int:
         _complain(err, what)
         return 2
     except KeyboardInterrupt:
-        err.print("interrupted; the same command goes on from here", highlight=False, soft_wrap=True)
+        err.print(interrupted, highlight=False, soft_wrap=True)
         return 130
 
 
@@ -102,6 +135,44 @@ def _execute(args: argparse.Namespace, err: Console) -> None:
         wanted = ("eval",)
     run.up_to(*wanted)
     _show(run, wanted, Console())
+
+
+def _chat(args: argparse.Namespace, err: Console) -> None:
+    _quiet_libraries()
+    from sstf.chat import PROMPT, ChatConfig, converse, introduce, open_chat
+    from sstf.config_loading import load_options
+
+    given = {"policy", "temperature", "top_p", "top_k", "max_new_tokens", "seed"}
+    config = load_options(ChatConfig, {name: text for name, text in vars(args).items() if name in given and text})
+    interactive = sys.stdin.isatty()
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, TextIOWrapper):  # a byte that is no text must not end the chat
+            stream.reconfigure(errors="replace")
+    out = Console(highlight=False)
+    notes = out if out.is_terminal else err
+    with suppress(ImportError):
+        import readline  # noqa: F401 - gives `input` its line editing
+
+    def read() -> str | None:
+        if not interactive:
+            return sys.stdin.readline() or None
+        try:
+            if out.is_terminal:
+                return input(PROMPT)
+            notes.print(PROMPT, end="")
+            return input()
+        except EOFError:
+            notes.print()
+            return None
+
+    chat = open_chat(args.head, config, args.target, args.system, args.experience, not args.no_draft, notes)
+    warnings.simplefilter("ignore")
+    try:
+        introduce(chat, out, notes, interactive)
+        converse(chat, read, out, notes, interactive)
+    finally:
+        if args.experience:
+            chat.decoder.experience.save(args.experience)
 
 
 def _quiet_libraries() -> None:

@@ -13,7 +13,7 @@ import difflib
 import json
 import re
 import types
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -65,6 +65,22 @@ def load(model: type[T], path: Path, overrides: Sequence[str] = ()) -> T:
     document = _read(path)
     for override in overrides:
         _apply_override(document, override)
+    return _validated(model, document)
+
+
+def load_options(model: type[T], options: Mapping[str, str]) -> T:
+    """Validate options of a command, YAML text by key, as `model`.
+
+    Raises:
+        ConfigError: One line for every problem, as in `load`.
+    """
+    document = _Document({}, {(): "command line"}, [])
+    for name, text in options.items():
+        _set(document, (name,), text, f"--{name.replace('_', '-')}", document.data)
+    return _validated(model, document)
+
+
+def _validated(model: type[T], document: _Document) -> T:
     problems = list(document.problems)
     try:
         # JSON mode is what lets strict validation accept a YAML list for a tuple and text for a path or an enum.
@@ -213,6 +229,11 @@ def _apply_override(document: _Document, override: str) -> None:
             )
             return
         section = section[name]
+    _set(document, key, text, origin, section)
+
+
+def _set(document: _Document, key: KeyPath, text: str, origin: str, section: dict[str, Any]) -> None:
+    """Put the value that is written as YAML in `text` under `key`, whose last part is in `section`."""
     try:
         node = yaml.compose(text, Loader=_Loader)
     except yaml.YAMLError as error:
@@ -220,7 +241,7 @@ def _apply_override(document: _Document, override: str) -> None:
         return
     document.origins = {path: where for path, where in document.origins.items() if path[: len(key)] != key}
     document.origins[key] = origin
-    section[key[-1]] = None if node is None else _build(node, key, document, lambda _: origin)
+    section[str(key[-1])] = None if node is None else _build(node, key, document, lambda _: origin)
 
 
 # ---- explaining ------------------------------------------------------------------------------------------------------

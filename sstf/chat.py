@@ -1,0 +1,501 @@
+"""A chat in the terminal that shows speculation at work: what was drafted and accepted is coloured as it streams.
+
+`open_chat` loads a target and a head, `Chat` holds the conversation and answers, `converse` is the loop over lines.
+Decoding is left to `decode`, options and exit codes to `cli`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Literal, get_args
+
+import yaml
+from pydantic import Field
+from rich.console import Console
+from rich.segment import Segment, Segments
+from rich.style import Style
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from sstf.config_loading import Section
+from sstf.data.chat_template import render_prompt
+from sstf.decode import DecodePolicy, Experience, SpeculativeDecoder, Step
+from sstf.errors import ConfigError, DecodeError, HeadError, SstfError, TargetError
+from sstf.methods import NgramConfig, build_method
+from sstf.methods.checkpoint import DraftHead, load_head, read_head
+from sstf.targets import EMBEDDED, Target, TargetConfig, TargetSpec, load_target
+from sstf.targets.huggingface import Dtype
+from sstf.trees import CostAwareTree
+from sstf.types import Message
+
+LOOKUP = "ngram"  # in place of a head's folder: prompt lookup, which has none
+DRAFTED = Style.parse("green")
+PROMPT = "> "
+HELP = {
+    "/reset": "forget the conversation",
+    "/stats": "how fast all answers came, and how full the context is",
+    "/help": "this list",
+    "/quit": "end (also Ctrl-D, or Ctrl-C at the prompt)",
+}
+# What a terminal would obey is shown as a picture of the character.
+_VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
+_VISIBLE |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+
+
+class ChatConfig(Section):
+    """How answers are drafted and drawn. `policy` None takes a good one for the drafter."""
+
+    policy: DecodePolicy | None = None
+    temperature: float = Field(default=0.0, ge=0)
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    top_k: int = Field(default=0, ge=0)
+    max_new_tokens: int = Field(default=512, ge=1)
+    seed: int = Field(default=0, ge=0, lt=2**62)
+
+
+# ---- opening ---------------------------------------------------------------------------------------------------------
+
+
+def open_chat(
+    name: str,
+    config: ChatConfig,
+    target_name: str | None = None,
+    system: str | None = None,
+    experience: Path | None = None,
+    draft: bool = True,
+    notes: Console | None = None,
+) -> Chat:
+    """Load a target and its head.
+
+    Args:
+        name: a head's folder, the folder of a run with one finished head, or `ngram`.
+        config: how to decode.
+        target_name: in place of the target that the head names.
+        system: what stands before the conversation.
+        experience: what decoding learned earlier, if the file exists.
+        draft: False decodes plainly.
+        notes: is told what takes long, and what a user should know.
+
+    Raises:
+        SstfError: an option, the head, the target or the experience cannot be used.
+    """
+    if config.policy and not draft:
+        raise ConfigError("a policy says how to draft, which --no-draft turns off; leave out one of the two")
+    notes = notes or Console(quiet=True)
+    learned = _load_experience(experience) if experience else Experience()
+    folder = None if name == LOOKUP else find_head(name)
+    stored = read_head(folder) if folder else None
+    with notes.status(Text("loading")) if notes.is_terminal else nullcontext():
+        target = _load_target(target_name, folder, stored.target if stored else None)
+        # Loaded even when nothing is drafted, so that the answers are those of the target that the head is for.
+        head = load_head(folder, target) if folder else DraftHead(LOOKUP, build_method(NgramConfig()))
+        policy = config.policy or CostAwareTree(lookup=True)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            decoder = SpeculativeDecoder(target, head if draft else None, policy, experience=learned)
+        drafter = f"{folder} ({stored.config.kind})" if stored else "prompt lookup"
+        chat = Chat(decoder, config, system, drafter)
+        chat.warm_up()
+    for warning in caught:
+        notes.print(Text(f"note: {warning.message}"), soft_wrap=True)
+    return chat
+
+
+def find_head(name: str) -> Path:
+    """The head's folder, given itself, its training folder, or its run with one finished head.
+
+    Raises:
+        HeadError: there is none, or more than one.
+    """
+    folder = Path(name).expanduser()
+    for candidate in (folder, folder / "head"):
+        if (candidate / "head.json").is_file():
+            return candidate
+    heads = sorted(path.parent for path in folder.glob("train/*/head/head.json"))
+    finished = [head for head in heads if (head.parent / "done.json").is_file()]
+    if len(finished) == 1:
+        return finished[0]
+    if finished:
+        raise HeadError(
+            f"{folder}: holds {len(finished)} finished heads; name one: {', '.join(map(str, finished[:4]))}"
+            + ", ..." * (len(finished) > 4)
+        )
+    if heads:
+        raise HeadError(f"{folder}: its head is still in training; {heads[-1]} is the best so far and can be named")
+    raise HeadError(
+        f"{folder}: no head there; expected a head folder that `sstf train` wrote, the folder of a run that trained "
+        f"one, or {LOOKUP} for prompt lookup without a head"
+    )
+
+
+def _load_target(name: str | None, folder: Path | None, spec: TargetSpec | None) -> Target:
+    if spec is None or folder is None:
+        return load_target(name or next(iter(EMBEDDED)))
+    dtype: Dtype | None = next((known for known in get_args(Dtype) if known == spec.dtype), None)
+    if dtype is None:
+        raise HeadError(f"{folder}: its target's dtype is {spec.dtype}; expected one of {', '.join(get_args(Dtype))}")
+    config = TargetConfig(name=name) if name else _trained_for(folder, spec)
+    try:
+        return load_target(config.name, dtype, revision=config.revision)
+    except TargetError as error:
+        hint = "" if name else "; where the target was moved, --target says where it is now"
+        raise TargetError(f"{error}{hint}") from None
+
+
+def _trained_for(folder: Path, spec: TargetSpec) -> TargetConfig:
+    """A head knows its target's name alone; the run's configuration beside it also knows the folder or revision."""
+    known = TargetConfig(name=spec.name)
+    if spec.name in EMBEDDED:
+        return known
+    try:
+        fields = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["target"]
+        config = TargetConfig.model_validate_json(json.dumps(fields))
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return known
+    # Consent to run code that ships with weights is not taken from a file that may have come with them.
+    return config if Path(config.name).name == Path(spec.name).name else known
+
+
+def _load_experience(path: Path) -> Experience:
+    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
+        raise ConfigError(f"{path}: cannot be written; expected a file, or a new name in an existing folder")
+    return Experience.load(path) if path.exists() else Experience()
+
+
+# ---- answering -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Of one answer or of several. The first token of an answer comes from the prefill: no pass, no time."""
+
+    tokens: int = 0
+    answers: int = 0
+    passes: int = 0
+    accepted: int = 0  # tokens that were drafted
+    seconds: float = 0.0
+
+    def __add__(self, other: Figures) -> Figures:
+        return Figures(
+            self.tokens + other.tokens,
+            self.answers + other.answers,
+            self.passes + other.passes,
+            self.accepted + other.accepted,
+            self.seconds + other.seconds,
+        )
+
+    @property
+    def accepted_length(self) -> float:
+        """Tokens per verify pass, the bonus token included; 0 without a pass."""
+        return (self.tokens - self.answers) / self.passes if self.passes else 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        """After the first token; 0 without a pass."""
+        return (self.tokens - self.answers) / self.seconds if self.seconds else 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What `Chat.ask` gave."""
+
+    text: str
+    figures: Figures
+    ended: Literal["end", "length", "stopped"]
+    limit: int  # tokens that it could have had
+    forgotten: int  # turns that were dropped for it
+
+
+class _Stopped(Exception):
+    """Leaves `generate` between two passes."""
+
+
+class TextStream:
+    """Text of token ids as they come; characters whose bytes are not all there are held back."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.tokenizer = tokenizer
+        self.ids: list[int] = []
+        self.text = ""  # given out so far
+
+    def push(self, token: int) -> str:
+        """What can be shown now and could not before."""
+        self.ids.append(token)
+        # The whole text each time: how a token reads may depend on those before it, and half a millisecond is little.
+        return self._give(self._decode().rstrip("\N{REPLACEMENT CHARACTER}"))
+
+    def finish(self) -> str:
+        """The rest, with characters that stayed incomplete."""
+        return self._give(self._decode())
+
+    def _give(self, text: str) -> str:
+        new = text[len(self.text) :]
+        self.text += new
+        return new
+
+    def _decode(self) -> str:
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert isinstance(text, str)
+        return text
+
+
+class Chat:
+    """A conversation with one target.
+
+    Args:
+        decoder: the target, its head and what decoding learned.
+        config: how to draw; its policy is the decoder's affair.
+        system: what stands before the conversation.
+        drafter: the head, in words.
+    """
+
+    def __init__(
+        self, decoder: SpeculativeDecoder, config: ChatConfig, system: str | None = None, drafter: str = "a head"
+    ) -> None:
+        self.decoder, self.config, self.drafter = decoder, config, drafter
+        self.system = [Message("system", system)] if system else []
+        self.history: list[Message] = []
+        self.figures = Figures()
+        self.context_used = 0
+
+    def reset(self) -> None:
+        """Forget what was said; the figures stay."""
+        self.history, self.context_used = [], 0
+
+    def warm_up(self) -> None:
+        """Find out now, not at the first message, whether this target can chat and what its passes cost.
+
+        Raises:
+            SstfError: the template refuses, the system text is too long, or the target returned no numbers.
+        """
+        prompt, _ = self._prompt([Message("user", "Hi")])
+        self.decoder.generate(prompt, max_new_tokens=1)  # the prefill only: nothing is learned from it
+
+    def ask(
+        self,
+        message: str,
+        show: Callable[[str, bool], None] = lambda text, drafted: None,
+        stopped: Callable[[], bool] = lambda: False,
+    ) -> Answer:
+        """Answer a message; both join the history.
+
+        Args:
+            message: the user's.
+            show: takes new text and whether it was drafted.
+            stopped: asked after every pass; True ends the answer there.
+
+        Raises:
+            SstfError: there is no answer, and the message is forgotten.
+        """
+        prompt, history = self._prompt([*self.history, Message("user", message)])
+        target, config = self.decoder.target, self.config
+        limit = min(config.max_new_tokens, target.context - len(prompt))
+        stream = TextStream(target.tokenizer)
+        times: list[float] = []
+        accepted, drafted = 0, False
+
+        def on_step(step: Step) -> None:
+            nonlocal accepted, drafted
+            times.append(time.perf_counter())
+            accepted += step.accepted
+            for part, of_draft in ((step.tokens[: step.accepted], True), (step.tokens[step.accepted :], False)):
+                drafted = of_draft if part else drafted
+                if text := "".join([stream.push(token) for token in part]):
+                    show(text, drafted)
+            if stopped():
+                raise _Stopped
+
+        ended: Literal["end", "length", "stopped"]
+        try:
+            seed = config.seed + self.figures.answers  # the same question need not get the same draw
+            draw = (config.temperature, config.top_p, config.top_k, seed)
+            ended = "end" if self.decoder.generate(prompt, limit, *draw, on_step=on_step).ended == "end" else "length"
+        except _Stopped:
+            ended = "stopped"
+        if rest := stream.finish():
+            show(rest, drafted)
+        passes = max(0, len(times) - 1)
+        seconds = times[-1] - times[0] if times else 0.0
+        figures = Figures(len(stream.ids), min(1, len(times)), passes, accepted, seconds)
+        self.figures += figures
+        forgotten = sum(turn.role == "user" for turn in self.history) + 1 - sum(turn.role == "user" for turn in history)
+        if stream.ids:
+            self.history = [*history, Message("assistant", stream.text)]
+            self.context_used = len(prompt) + len(stream.ids)
+        return Answer(stream.text, figures, ended, limit, forgotten)
+
+    def _prompt(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
+        """Ids of the request and the messages in it: without the oldest turns where the context is too small."""
+        target = self.decoder.target
+        answer = min(self.config.max_new_tokens, target.context // 4)
+        while True:
+            prompt = render_prompt(target.tokenizer, [*self.system, *messages])
+            if len(prompt) + answer <= target.context:
+                return prompt, messages
+            if len(messages) < 3:
+                raise DecodeError(
+                    f"the message{' and the system text have' if self.system else ' has'} {len(prompt)} tokens with "
+                    f"the chat template, and {target.context - answer} fit into the target's context of "
+                    f"{target.context} beside an answer of {answer}; shorten it"
+                )
+            messages = messages[2:]
+
+
+# ---- the loop --------------------------------------------------------------------------------------------------------
+
+
+def converse(
+    chat: Chat, read: Callable[[], str | None], out: Console, notes: Console, interactive: bool = True
+) -> None:
+    """Answer line after line until there is none.
+
+    Args:
+        chat: is asked.
+        read: the next line; None is the end. A KeyboardInterrupt in it is one too.
+        out: takes the answers.
+        notes: takes everything else.
+        interactive: somebody sits there: Ctrl-C stops an answer, and an error is told and the chat goes on.
+
+    Raises:
+        SstfError: not interactive, and a message cannot be answered.
+    """
+    while True:
+        try:
+            line = read()
+        except KeyboardInterrupt:
+            if not interactive:
+                raise
+            notes.print()
+            return
+        if line is None or line.strip() == "/quit":
+            return
+        message = line.strip()
+        if not message:
+            continue
+        if re.fullmatch(r"/[a-z]+", message):
+            _command(chat, message, notes)
+            continue
+        if not interactive:
+            _say(notes, PROMPT + message)
+        try:
+            with _stop_on_interrupt() if interactive else nullcontext(lambda: False) as stopped:
+                _answer(chat, message, out, notes, stopped)
+        except SstfError as error:
+            if not interactive:
+                raise
+            notes.print(Text.assemble(("error:", "bold red"), " ", str(error)), soft_wrap=True)
+        except _Stopped:  # before there was a word
+            _say(notes, "stopped; the message is forgotten")
+
+
+def _answer(chat: Chat, message: str, out: Console, notes: Console, stopped: Callable[[], bool]) -> None:
+    def show(text: str, drafted: bool) -> None:
+        shown = text.translate(_VISIBLE) if out.is_terminal else text
+        # Segments reach the stream as they are; anything else of rich would expand tabs and read markup.
+        out.print(Segments([Segment(shown, DRAFTED if drafted else None)]), end="", soft_wrap=True)
+
+    answer = chat.ask(message, show, stopped)
+    out.print(Segments([Segment("\n")]), end="", soft_wrap=True)
+    if answer.forgotten:
+        what = "the oldest turn was" if answer.forgotten == 1 else f"the {answer.forgotten} oldest turns were"
+        _say(notes, f"{what} forgotten: the context of {chat.decoder.target.context} tokens is full")
+    line = _figures(answer.figures, chat)
+    if answer.figures.passes and chat.decoder.head:
+        line += f" (chat {chat.figures.accepted_length:.2f})"
+    if answer.ended == "length":
+        line += f" · cut at {_count(answer.limit, 'token')}"
+    elif answer.ended == "stopped":
+        line += " · stopped"
+    _say(notes, line)
+
+
+def _command(chat: Chat, command: str, notes: Console) -> None:
+    if command == "/help":
+        for name, text in HELP.items():
+            _say(notes, f"{name:<8}{text}")
+    elif command == "/reset":
+        chat.reset()
+        _say(notes, "the conversation is forgotten")
+    elif command == "/stats":
+        figures, context = chat.figures, chat.decoder.target.context
+        line = f"{_count(figures.answers, 'answer')} · {_figures(figures, chat)}"
+        if figures.tokens and chat.decoder.head:
+            line += f" · {figures.accepted / figures.tokens:.0%} of the tokens were drafted"
+        _say(notes, f"{line} · context {chat.context_used} of {context}")
+    else:
+        _say(notes, f"{command} is no command; /help lists them")
+
+
+def introduce(chat: Chat, out: Console, notes: Console, interactive: bool) -> None:
+    """Say who answers, and what the colour means."""
+    decoder, config = chat.decoder, chat.config
+    target = decoder.target
+    name = f"{target.spec.name} ({target.spec.dtype}, {target.device})"
+    if decoder.head:
+        fields = {"kind": decoder.policy.kind} | decoder.policy.model_dump(mode="json", exclude_defaults=True)
+        policy = yaml.safe_dump(fields, default_flow_style=True, sort_keys=False, width=10**6).strip()
+        _say(notes, f"{name}, drafted for by {chat.drafter}")
+        _say(notes, f"policy {policy}, {_drawing(config)}")
+    else:
+        _say(notes, f"{name}, nothing is drafted, {_drawing(config)}")
+    if decoder.head and out.is_terminal and out.color_system and not out.no_color:
+        notes.print(Text.assemble(("drafted and accepted", DRAFTED), " · the target's own"), soft_wrap=True)
+    if interactive:
+        _say(notes, "/help lists the commands, Ctrl-C stops an answer")
+
+
+def _drawing(config: ChatConfig) -> str:
+    if config.temperature == 0:
+        return "greedy"
+    limits = [f"top-p {config.top_p:g}"] * (config.top_p < 1) + [f"top-k {config.top_k}"] * (config.top_k > 0)
+    return ", ".join([f"temperature {config.temperature:g}", *limits])
+
+
+def _figures(figures: Figures, chat: Chat) -> str:
+    parts = [_count(figures.tokens, "token")]
+    if figures.passes:
+        parts.append(f"{figures.tokens_per_second:.1f} tokens/s")
+        if chat.decoder.head:
+            parts.append(f"accepted length {figures.accepted_length:.2f}")
+    return " · ".join(parts)
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n} {what}{'s' * (n != 1)}"
+
+
+def _say(notes: Console, text: str) -> None:
+    # As `Text`: brackets in it are no markup.
+    notes.print(Text(text, style="dim"), soft_wrap=True)
+
+
+@contextmanager
+def _stop_on_interrupt() -> Iterator[Callable[[], bool]]:
+    """The first Ctrl-C is seen after the running pass, which leaves everything whole; a second one does not wait."""
+    before = signal.getsignal(signal.SIGINT)
+    pressed = False
+
+    def press(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        if pressed:
+            raise _Stopped
+        pressed = True
+
+    if before == signal.SIG_IGN:  # a shell's background job: not ours to take up
+        yield lambda: False
+        return
+    signal.signal(signal.SIGINT, press)
+    try:
+        yield lambda: pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
