@@ -98,6 +98,8 @@ class DraftTree:
     # [node + 1, vocab]: row 0 is what the root's children were drawn from, row i + 1 the children of node i. Rows of
     # leaves are never read.
     draft_probs: Tensor | None = None
+    # [node] int64, rank of the token at its parent; None where no better sibling was left out: its place then.
+    ranks: Tensor | None = None
 
     @staticmethod
     def empty(device: torch.device) -> DraftTree:

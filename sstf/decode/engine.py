@@ -111,11 +111,14 @@ class SpeculativeDecoder:
         self.layers = head.method.feature_spec(target.spec).layers if head else ()
         self.taps = target.tap(self.layers)
         self._passes: Passes | None = None
-        self.drafter: Drafter | None = None
-        if head:
-            first = head.method.drafter(head.module, target.device)
-            lookup = any(tree.lookup for tree in tree_policies(self.policy))
-            self.drafter = HybridDrafter(first, target.device) if lookup else first
+        self.drafter = self._new_drafter()
+
+    def _new_drafter(self) -> Drafter | None:
+        if not self.head:
+            return None
+        first = self.head.method.drafter(self.head.module, self.target.device)
+        lookup = any(tree.lookup for tree in tree_policies(self.policy))
+        return HybridDrafter(first, self.target.device) if lookup else first
 
     def generate(
         self,
@@ -143,7 +146,8 @@ class SpeculativeDecoder:
         Raises:
             DecodeError: a value out of range, a prompt that is empty or too long, or logits that are not finite.
         """
-        params = SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, tuple(stop))
+        strings = (stop,) if isinstance(stop, str) else tuple(stop)
+        params = SamplingParams(temperature, top_p, top_k, max_new_tokens, seed, strings)
         report = (lambda _, step: on_step(step)) if on_step else None
         return self.generate_batch([input_ids], params, 1, report)[0]
 
@@ -180,7 +184,12 @@ class SpeculativeDecoder:
             warnings.warn("this target's layers or attention take one sequence at a time: slots is 1", stacklevel=2)
             slots = 1
         with self.taps:
-            return _Run(self, requests, slots, on_step).run()
+            try:
+                return _Run(self, requests, slots, on_step).run()
+            except BaseException:
+                # A NaN that stays in a cache spoils later texts, though masked: 0 times NaN is NaN.
+                self._passes, self.drafter = None, self._new_drafter()
+                raise
 
     def passes(self, slots: int, capacity: int) -> Passes:
         """The target's passes and cache, kept from call to call: no reallocation, and graphs stay valid."""
@@ -278,15 +287,15 @@ class _Run:
         nodes = max((p.total_tokens + (LONGEST if p.lookup else 0) for p in self.policies), default=0)
         capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
         self.passes = decoder.passes(slots, capacity + nodes + 1)
-        if decoder.drafter:
+        self.experience = decoder.experience
+        if any(isinstance(p, CostAwareTree) for p in self.policies) and slots not in self.experience.costs:
+            self.experience.costs[slots] = measure_costs(self.target, decoder.drafter, decoder.layers, slots)
+        if decoder.drafter:  # after the measurement, which uses it too
             decoder.drafter.start(slots, capacity + max(p.drafted_tokens for p in self.policies) + 1)
         self.free = list(range(slots))[::-1]
         self.active: list[_Sequence] = []
         self.results: dict[int, Generation] = {}
-        self.experience = decoder.experience
         self.slots = slots
-        if any(isinstance(p, CostAwareTree) for p in self.policies) and slots not in self.experience.costs:
-            self.experience.costs[slots] = measure_costs(self.target, decoder.drafter, decoder.layers, slots)
         self.cost = self.experience.costs.get(slots)
         self.calibrates = any(isinstance(p, DynamicTree | CostAwareTree) and p.calibrated for p in self.policies)
         self.bandit: Bandit | None = None
@@ -390,7 +399,7 @@ class _Run:
 
     def _choose(self) -> tuple[str, AnyTree | None]:
         """The arm and its tree policy; None decodes plainly."""
-        if not self.decoder.drafter:
+        if not self.decoder.drafter or not any(s.room > 1 for s in self.active):
             return PLAIN, None
         if not self.bandit:
             return "", self.policies[0]
@@ -423,12 +432,18 @@ class _Run:
         """Walk every tree. Greedy decoding reads from the device once."""
         values, best = logits.max(-1)  # a NaN is the maximum of its row
         sizes = [len(tree) for tree in trees]
-        found, finite, *nodes = read(
-            best, values.isfinite(), *(t for tree in trees for t in (tree.tokens, tree.parents))
+        confidences = [tree.confidence for tree in trees if tree.confidence is not None] or [values.new_empty(0)]
+        found, finite, (lost,), *nodes = read(
+            best,
+            values.isfinite(),
+            torch.cat(confidences).isnan().any(),
+            *(t for tree in trees for t in (tree.tokens, tree.parents)),
         )
         rows = logits.shape[1]
+        if lost:
+            raise self._not_a_number()
         if not all(finite):
-            self._complain(finite, rows, sizes)
+            self._complain(finite, rows, nodes[1::2])
         verified = []
         for i, (s, tree) in enumerate(zip(self.active, trees, strict=True)):
             if s.params.temperature == 0:
@@ -449,11 +464,22 @@ class _Run:
             return verify_block(tree, probs, generator)
         return verify_traversal(tree, probs, generator, replacement)
 
-    def _complain(self, finite: list[int], rows: int, sizes: list[int]) -> None:
+    def _complain(self, finite: list[int], rows: int, parents: list[list[int]]) -> None:
+        """Padding aside."""
         for i, s in enumerate(self.active):
-            for row in range(sizes[i] + 1):
+            depth = [0]  # of every row
+            for parent in parents[i]:
+                depth.append(depth[parent + 1] + 1)
+            for row, level in enumerate(depth):
                 if not finite[i * rows + row]:
-                    raise _not_finite(s.length + min(row, 1))
+                    raise _not_finite(s.length + level)
+
+    def _not_a_number(self) -> DecodeError:
+        name = self.decoder.head.name if self.decoder.head else ""
+        return DecodeError(
+            f"draft head {name} returned draft probabilities that are NaN; check its weights and dtype, or decode "
+            "without it"
+        )
 
     @staticmethod
     def _warp(sequence: _Sequence, logits: Tensor) -> Tensor:
@@ -493,6 +519,7 @@ def _observe(experience: Experience, tree: DraftTree, found: Verified) -> None:
     if tree.confidence is None:
         return
     tokens, confidence = tree.tokens.tolist(), tree.confidence.tolist()
+    rank_of = None if tree.ranks is None else tree.ranks.tolist()
     below = children(tree.parents.tolist())
     emitted = [*found.tokens, found.bonus]
     depths: list[int] = []
@@ -501,9 +528,9 @@ def _observe(experience: Experience, tree: DraftTree, found: Verified) -> None:
     accepted: list[float] = []
     for depth, node in enumerate([-1, *found.nodes]):
         for rank, child in enumerate(below.get(node, ())):
-            if confidence[child] == confidence[child]:  # NaN: not the head's
+            if confidence[child] >= 0:  # else it is not the head's
                 depths.append(depth + 1)
-                ranks.append(rank)
+                ranks.append(rank_of[child] if rank_of else rank)
                 confidences.append(confidence[child])
                 accepted.append(float(tokens[child] == emitted[depth]))
     if depths:

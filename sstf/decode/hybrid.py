@@ -22,6 +22,7 @@ from sstf.types import DraftTree
 LONGEST = 24  # tokens of a continuation
 WORTH = 0.2  # a continuation ends where its next token would be reached with less than this chance
 RATE = 0.05  # weight of the newest continuation
+NOT_THE_HEADS = -1.0  # in place of the head's confidence, from which calibration learns, in what lookup found
 
 
 @dataclass
@@ -85,8 +86,7 @@ class HybridDrafter:
                 found = history.lookup()
                 offer = Match(found.n, found.tokens[: min(self._length(found), context.depth)])
                 self.offers[one.slot] = offer
-                # NaN: the head's confidence, from which calibration learns, does not exist for these.
-                trees[i] = union(trees[i], chain(offer.tokens, self.device, math.nan))
+                trees[i] = union(trees[i], chain(offer.tokens, self.device, NOT_THE_HEADS))
         return trees
 
     def _length(self, found: Match) -> int:

@@ -10,6 +10,7 @@ Drawn nodes are kept whatever they turn out to be: dropping some by their value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -133,13 +134,16 @@ def _dynamic(
     order = scores.sort(dim=1, descending=True, stable=True).indices
     if isinstance(policy, CostAwareTree) and context.cost is not None:
         gains = scores.exp().gather(1, order)[:, :size].mean(0).tolist()
-        size = context.cost.best_size(gains, len(levels))
+        # NaN has no best size; one node shows it to whoever checks the confidences.
+        size = 1 if math.isnan(gains[0]) else context.cost.best_size(gains, len(levels))
     best = order[:, :size].sort(1).values
     number = torch.full((batch, scores.shape[1] + 1), -1, dtype=torch.int64, device=device)
     number.scatter_(1, best, torch.arange(size, device=device).expand(batch, -1))
     parents = number.gather(1, parents.gather(1, best) % number.shape[1])  # the root, -1, reads the last column
     tokens, confidence = draft_tokens[tokens.gather(1, best)], confidence.gather(1, best)
-    return [DraftTree(tokens[row], parents[row], confidence[row]) for row in range(batch)]
+    # Experience may put a later sibling before an earlier one, which is then left out. Levels are multiples of `each`.
+    ranks = best % each
+    return [DraftTree(tokens[row], parents[row], confidence[row], ranks=ranks[row]) for row in range(batch)]
 
 
 def _enough(
@@ -248,6 +252,7 @@ def _drawn(
     tokens: list[Tensor] = []
     confidences: list[Tensor] = []
     parents: list[int] = []
+    missing: list[bool] = []
     schedule = _schedule(policy.paths, context.depth)
     nodes = schedule[-1].first + len(schedule[-1].pick)
     rows = torch.zeros(batch, nodes + 1, vocab, device=device)
@@ -257,7 +262,8 @@ def _drawn(
         probs = warp(logits, drawing.temperature, drawing.top_p, drawing.top_k)  # [batch, width, draft_vocab]
         rows[:, sources] = torch.zeros(batch, len(sources), vocab, device=device).index_copy_(2, draft_tokens, probs)
         ids = _draw_children(probs, level.each, policy.draw == "iid", drawing.generators)
-        chosen, chance, _ = _take(ids, probs.gather(-1, ids), level)
+        chosen, chance, lost = _take(ids, probs.gather(-1, ids), level)
+        missing += lost
         parents += level.parents
         tokens.append(chosen)
         confidences.append(chance)
@@ -267,8 +273,10 @@ def _drawn(
     targets, confidence = draft_tokens[torch.cat(tokens, 1)], torch.cat(confidences, 1)
     above = torch.tensor(parents, device=device)
     trees = [DraftTree(targets[row], above, confidence[row], rows[row]) for row in range(batch)]
-    # Fewer tokens possible than children asked for: the rest were never drawn.
-    possible = confidence > 0
+    # Fewer tokens possible than children asked for: the rest were never drawn. (NaN stays, for whoever checks.)
+    possible = ~(confidence <= 0)
+    if any(missing):
+        possible &= ~torch.tensor(missing, device=device)
     if bool(possible.all()):
         return trees
     return [prune(tree, keep) for tree, keep in zip(trees, possible.tolist(), strict=True)]

@@ -84,7 +84,7 @@ def union(first: DraftTree, second: DraftTree) -> DraftTree:
 
     >>> below = torch.tensor([-1, 0])
     >>> union(DraftTree(torch.tensor([5, 6]), below), DraftTree(torch.tensor([5, 7]), below))
-    DraftTree(tokens=tensor([5, 6, 7]), parents=tensor([-1,  0,  0]), confidence=None, draft_probs=None)
+    DraftTree(tokens=tensor([5, 6, 7]), parents=tensor([-1,  0,  0]), confidence=None, draft_probs=None, ranks=None)
     """
     if not len(second):
         return first
@@ -108,6 +108,7 @@ def union(first: DraftTree, second: DraftTree) -> DraftTree:
         torch.tensor(tokens, device=device),
         torch.tensor(parents, device=device),
         torch.cat([first.confidence, second.confidence[added]]) if both else None,  # type: ignore[list-item, index]
+        ranks=None if first.ranks is None else torch.cat([first.ranks, first.ranks.new_zeros(len(added))]),
     )
 
 
@@ -126,4 +127,5 @@ def prune(tree: DraftTree, keep: Sequence[bool]) -> DraftTree:
         torch.tensor([number[int(tree.parents[node])] for node in kept], dtype=torch.int64, device=index.device),
         None if tree.confidence is None else tree.confidence[index],
         None if tree.draft_probs is None else tree.draft_probs[rows.to(index.device)],
+        None if tree.ranks is None else tree.ranks[index],
     )
