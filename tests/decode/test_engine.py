@@ -18,7 +18,7 @@ from sstf.methods.base import News
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
 from sstf.trees import Chain, DraftContext, DynamicTree, children
-from sstf.types import DraftTree
+from sstf.types import DraftTree, SamplingParams
 from sstf.warping import warp
 
 NEW = 13
@@ -376,8 +376,8 @@ def sampled(decoder: SpeculativeDecoder, draws: int) -> tuple[Tensor, float]:
     """Counts [first, second, third token], and the mean accepted length."""
     counts = torch.zeros(VOCAB, VOCAB, VOCAB, dtype=torch.float64)
     passes = 0
-    for seed in range(draws):
-        found = decoder.generate(PROMPT, 3, temperature=TEMPERATURE, top_p=TOP_P, seed=seed)
+    params = [SamplingParams(TEMPERATURE, TOP_P, max_new_tokens=3, seed=seed) for seed in range(draws)]
+    for found in decoder.generate_batch([PROMPT] * draws, params, slots=32):
         counts[tuple(found.token_ids)] += 1
         passes += len(found.accepted_lengths)
     return counts, 2 * draws / passes
