@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from sstf.trees import AnyTree, Chain, DraftContext, DynamicTree, TreePolicy, grow
+from sstf.decode.cost import KNOTS, CostModel
+from sstf.trees import AnyTree, Chain, CostAwareTree, DraftContext, Drawing, DynamicTree, StaticTree, TreePolicy, grow
 from sstf.types import DraftTree
 
 Path = tuple[int, ...]  # draft ids from the first drafted token on
@@ -155,3 +156,214 @@ def test_policies_from_a_config() -> None:
 def test_empty_tree() -> None:
     tree = DraftTree.empty(torch.device("cpu"))
     assert len(tree) == 0 and tree.tokens.dtype == tree.parents.dtype == torch.int64
+
+
+# ---- static trees ----------------------------------------------------------------------------------------------------
+
+
+@st.composite
+def rank_paths(draw: st.DrawFn) -> tuple[Path, ...]:
+    """Any valid set of paths, in any order."""
+    ends = draw(st.lists(st.lists(st.integers(0, 3), min_size=1, max_size=4).map(tuple), min_size=1, max_size=4))
+    found: set[Path] = set()
+    for end in ends:
+        for i in range(1, len(end) + 1):
+            found |= {(*end[: i - 1], rank) for rank in range(end[i - 1] + 1)}
+    return tuple(draw(st.permutations(sorted(found))))
+
+
+def by_ranks(draft: Draft, ranks: Path) -> Path | None:
+    """The tokens with those ranks; None where the draft vocabulary has fewer tokens."""
+    path: Path = ()
+    for rank in ranks:
+        values = draft.log_probs(path).tolist()
+        if rank >= len(values):
+            return None
+        path = (*path, sorted(range(draft.vocab), key=lambda token: -values[token])[rank])
+    return path
+
+
+@given(seed=st.integers(0, 1000), vocab=st.integers(1, 7), ranks=rank_paths(), room=st.integers(1, 5))
+@settings(deadline=None, max_examples=80)
+def test_static_tree_has_the_tokens_with_those_ranks(seed: int, vocab: int, ranks: tuple[Path, ...], room: int) -> None:
+    draft = Draft(seed, vocab)
+    tree = draft.grow(StaticTree(paths=ranks), DraftContext(room))
+    wanted = [by_ranks(draft, path) for path in sorted(ranks, key=lambda path: (len(path), path)) if len(path) <= room]
+    assert paths(tree) == [path for path in wanted if path is not None]
+    assert tree.confidence is not None
+    expected = [float(draft.log_probs(path[:-1])[path[-1]].exp()) for path in paths(tree)]
+    assert tree.confidence.tolist() == pytest.approx(expected, rel=1e-5)
+
+
+@given(seed=st.integers(0, 1000), depth=st.integers(1, 6))
+@settings(deadline=None, max_examples=20)
+def test_chain_is_a_static_tree(seed: int, depth: int) -> None:
+    chain, static = Chain(depth=depth), StaticTree(paths=tuple((0,) * i for i in range(1, depth + 1)))
+    one, other = Draft(seed, 5).grow(chain), Draft(seed, 5).grow(static)
+    assert one.tokens.tolist() == other.tokens.tolist() and one.parents.tolist() == other.parents.tolist()
+    assert (chain.total_tokens, chain.depth) == (static.total_tokens, static.depth) == (depth, depth)
+
+
+def test_full_tree_by_hand() -> None:
+    full = StaticTree.full(2, 1)
+    assert full.paths == ((0,), (1,), (0, 0), (1, 0))
+    assert (full.depth, full.total_tokens) == (2, 4)
+
+
+@pytest.mark.parametrize(
+    ("broken", "message"),
+    [
+        (((0, 0),), r"paths holds \[0, 0\] but not \[0\]; a node needs its parent"),
+        (
+            ((0,), (2,)),
+            r"paths holds \[2\] but not \[1\]; a node needs its parent and the siblings that rank before it",
+        ),
+        (((0,), (0, 1)), r"paths holds \[0, 1\] but not \[0, 0\]"),
+        (((0,), (0,)), "paths names a node twice, or the root"),
+        (((), (0,)), "paths names a node twice, or the root"),
+        ((), "at least 1 item"),
+        (((-1,),), "greater than or equal to 0"),
+    ],
+)
+def test_paths_that_are_no_tree(broken: tuple[Path, ...], message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        StaticTree(paths=broken)
+
+
+def test_budgets_below_one() -> None:
+    for make, field in [
+        (Chain, "depth"), (DynamicTree, "depth"), (DynamicTree, "top_k"), (DynamicTree, "total_tokens"),
+        (CostAwareTree, "depth"), (CostAwareTree, "top_k"), (CostAwareTree, "total_tokens"),
+    ]:  # fmt: skip
+        for value in (0, -3):
+            with pytest.raises(ValidationError, match=f"{field}\\n.*greater than or equal to 1"):
+                make(**{field: value})
+    with pytest.raises(ValidationError, match="lookup needs draw: top, found iid"):
+        Chain(lookup=True, draw="iid")
+
+
+# ---- drawn trees -----------------------------------------------------------------------------------------------------
+
+
+def drawing(seed: int, draft: Draft, top_k: int = 0) -> DraftContext:
+    generators = [torch.Generator().manual_seed(seed)]
+    return DraftContext(64, Drawing(0.7, 1.0, top_k, generators, draft.vocab * 3 + 5))
+
+
+@given(
+    seed=st.integers(0, 1000), vocab=st.integers(1, 5), ranks=rank_paths(), iid=st.booleans(), top_k=st.integers(0, 3)
+)
+@settings(deadline=None, max_examples=60)
+def test_drawn_tree_has_the_distributions_its_children_were_drawn_from(
+    seed: int, vocab: int, ranks: tuple[Path, ...], iid: bool, top_k: int
+) -> None:
+    draft = Draft(seed, vocab)
+    policy = StaticTree(paths=ranks, draw="iid" if iid else "without_replacement")
+    tree = draft.grow(policy, drawing(seed, draft, top_k))
+    found = paths(tree)
+    assert tree.draft_probs is not None and len(tree.draft_probs) == len(found) + 1
+    inner = {-1, *tree.parents.tolist()}
+    for node in inner:
+        probs = torch.softmax(draft.log_probs(found[node] if node >= 0 else ()) / 0.7, -1)
+        if top_k:
+            probs = torch.where(probs >= probs.topk(min(top_k, vocab)).values[-1], probs, 0)
+        expected = torch.zeros(vocab * 3 + 5).index_copy_(0, draft.draft_tokens, probs / probs.sum())
+        torch.testing.assert_close(tree.draft_probs[node + 1], expected, atol=1e-6, rtol=1e-5)
+        mine = [i for i, parent in enumerate(tree.parents.tolist()) if parent == node]
+        tokens = tree.tokens[mine].tolist()
+        assert all(expected[token] > 0 for token in tokens)
+        if not iid:
+            assert len(set(tokens)) == len(tokens)
+    # Only what the vocabulary, or top-k, is too small for is missing.
+    possible = min(vocab, top_k) if top_k else vocab
+    wide = 1 + max(rank for path in ranks for rank in path)
+    if iid or possible >= wide:
+        assert len(found) == len(ranks)
+    else:
+        assert len(found) == sum(all(rank < possible for rank in path) for path in ranks)
+
+
+# ---- trees that look at their cost -----------------------------------------------------------------------------------
+
+
+def rates(gains: list[float], depth: int, cost: CostModel) -> list[float]:
+    return [(1 + sum(gains[:n])) / cost.step(depth, n) for n in range(len(gains) + 1)]
+
+
+@given(
+    seed=st.integers(0, 1000),
+    row_s=st.sampled_from([0.0, 1e-3, 1e-2, 1e-1, 1.0]),
+    draft_s=st.sampled_from([0.0, 1e-2, 0.1, 0.3, 3.0]),
+    spread=st.sampled_from([1.0, 4.0]),
+    total=st.integers(1, 30),
+)
+@settings(deadline=None, max_examples=80)
+def test_cost_aware_tree_by_brute_force(seed: int, row_s: float, draft_s: float, spread: float, total: int) -> None:
+    depth, top_k = 4, 3
+    draft = Draft(seed, 5, spread)
+    cost = CostModel([1 + row_s * knot for knot in KNOTS], draft_s, 0.05)
+    policy = CostAwareTree(depth=depth, top_k=top_k, total_tokens=total, calibrated=False)
+    tree = draft.grow(policy, DraftContext(64, cost=cost))
+    # Level by level: all candidates, the frontier, and whether one more level may pay.
+    seen: dict[Path, float] = {}
+    beam: list[Path] = [()]
+    levels = 0
+    while levels < depth:
+        best = {path: draft.log_probs(path).topk(top_k).indices.tolist() for path in beam}
+        candidates = {(*path, token): math.exp(draft.score((*path, token))) for path in beam for token in best[path]}
+        keep = sum(float(draft.log_probs(path).max().exp()) for path in beam) / len(beam)
+        seen |= candidates
+        levels += 1
+        beam = sorted(candidates, key=lambda path: -candidates[path])[:top_k]
+        gains = sorted(seen.values(), reverse=True)[:total]
+        more = sorted([*gains, *(keep * candidates[path] for path in beam)], reverse=True)
+        if max(rates(more, levels + 1, cost)) <= max(rates(gains, levels, cost)):
+            break
+    assert len(draft.widths) == levels - 1
+    gains = sorted(seen.values(), reverse=True)[:total]
+    found = rates(gains, levels, cost)
+    assert found[len(tree)] == pytest.approx(max(found), rel=1e-6)
+    assert set(paths(tree)) == set(sorted(seen, key=lambda path: -seen[path])[: len(tree)])
+
+
+def test_cost_aware_tree_at_the_extremes() -> None:
+    flat, steep = [1.0] * len(KNOTS), [1.0 * knot for knot in KNOTS]
+    for verify_s, draft_s, levels in [(flat, 0.0, 4), (flat, 100.0, 1), (steep, 0.0, None)]:
+        draft = Draft(3, 5, 1.0)
+        policy = CostAwareTree(depth=4, top_k=3, total_tokens=30, calibrated=False)
+        tree = draft.grow(policy, DraftContext(64, cost=CostModel(verify_s, draft_s, 0.0)))
+        if levels:
+            assert len(draft.widths) == levels - 1
+            assert len(tree) == min(30, 3 + 9 * (levels - 1))  # rows cost nothing: all of them
+        else:
+            assert len(tree) == 0  # twice the time for less than twice the tokens
+
+
+# ---- several sequences at once ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [Chain(depth=3), StaticTree.full(3, 2, 1), DynamicTree(depth=3, top_k=3, total_tokens=9),
+     Chain(depth=3, draw="iid"), StaticTree.full(2, 2, draw="without_replacement")],
+    ids=["chain", "static", "dynamic", "chain-iid", "without-replacement"],
+)  # fmt: skip
+def test_a_batch_grows_what_each_would_grow_alone(policy: AnyTree) -> None:
+    drafts = [Draft(seed, 6) for seed in range(3)]
+
+    def context(seeds: list[int]) -> DraftContext:
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return DraftContext(64, Drawing(0.9, 0.9, 0, generators, 30))
+
+    def expand(parents: Tensor, tokens: Tensor) -> Tensor:
+        return torch.cat([d.expand(parents[i : i + 1], tokens[i : i + 1]) for i, d in enumerate(drafts)])
+
+    roots = torch.stack([draft.log_probs(()) for draft in drafts])
+    together = grow(policy, context([0, 1, 2]), roots, expand, drafts[0].draft_tokens)
+    for seed, tree in enumerate(together):
+        alone = Draft(seed, 6).grow(policy, context([seed]))
+        assert tree.tokens.tolist() == alone.tokens.tolist() and tree.parents.tolist() == alone.parents.tolist()
+        assert (tree.draft_probs is None) == (alone.draft_probs is None)
+        if tree.draft_probs is not None:
+            torch.testing.assert_close(tree.draft_probs, alone.draft_probs)
+    assert len({tuple(tree.tokens.tolist()) for tree in together}) == 3
