@@ -97,3 +97,9 @@ def test_rows_moved_past_each_other(tiny_target: Target) -> None:
     chain = ([21, 22, 23], [-1, 0, 1], 1)
     plan = [{0: deep, 1: ([], [], -1), 2: chain}, {0: chain, 2: deep}, {slot: ([], [], -1) for slot in range(3)}]
     check(tiny_target, 3, [[5, 6, 7], [8], [9, 10, 11, 12, 13]], plan)
+
+
+def test_one_sequence_by_hand(tiny_target: Target) -> None:
+    deep = ([11, 12, 13, 14, 15, 16], [-1, -1, 0, 1, 1, 4], 5)  # accepted: nodes 1, 4, 5
+    late = ([21, 22, 23, 24, 25], [-1, -1, -1, -1, 3], 4)  # nodes 3, 4
+    check(tiny_target, 1, [[5, 6, 7]], [{0: deep}, {0: late}, {0: ([], [], -1)}])
