@@ -261,7 +261,12 @@ def contestants(
         "transformers plain": transformers(target),
         "n-gram": ours(SpeculativeDecoder(target, ngram, Chain(depth=prompt_lookup))),
         "transformers prompt lookup": transformers(target, prompt_lookup_num_tokens=prompt_lookup),
-        "transformers assisted (early exit)": transformers(target, assistant_early_exit=target.spec.num_layers // 3),
+        "transformers assisted (early exit)": transformers(
+            target,
+            assistant_early_exit=target.spec.num_layers // 3,
+            num_assistant_tokens=4,
+            num_assistant_tokens_schedule="constant",
+        ),
     }
     other = flashspec(target)
     if other:
@@ -363,8 +368,8 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--head", type=Path, help="a head folder that `sstf train` wrote")
     parser.add_argument("--prompts", type=int, default=16)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--max-new-tokens", type=int, default=64)
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", nargs="*", choices=("overhead", "size", "decoder", "batch"), help="some parts only")
     parser.add_argument("--quick", action="store_true", help="a fraction of the work: figures are rougher")
     args = parser.parse_args()
@@ -374,10 +379,10 @@ def main() -> None:
     emit(bench="machine", target=target.spec.name, dtype=target.spec.dtype, head=str(args.head or "new"), **hardware())
     prompts = [render_prompt(target.tokenizer, p.messages) for p in load_suite("builtin", None)]
     stand_in = head or new_head(target)
-    tokens = min(args.max_new_tokens, 64 if args.quick else args.max_new_tokens)
-    repeats = 1 if args.quick else args.repeats
+    tokens = args.max_new_tokens
+    repeats = args.repeats
     if parts & {"overhead", "size"}:
-        texts = long_answers(target, prompts, tokens, 1 if args.quick else 3)
+        texts = long_answers(target, prompts, tokens, 1 if args.quick else 2)
         if "overhead" in parts:
             bench_overhead(target, stand_in, texts, repeats)
         if "size" in parts:
