@@ -147,7 +147,9 @@ def bench_sizes(
     plain = SpeculativeDecoder(target)
     for rows in sizes:
         measured, hosts, plain_hosts, bases = [], [], [], []
-        for prompt, answer in texts:
+        for prompt, text in texts:
+            # Whole passes only: a last one that the limit cuts short drafts less than the model is asked about.
+            answer = text[: 1 + rows * ((len(text) - 1) // rows)]
             right = with_oracle(target, head, prompt, answer, True, rows - 1) if rows > 1 else plain
             for _ in range(repeats):
                 base = plain.generate(prompt, len(answer))
@@ -382,7 +384,7 @@ def main() -> None:
     tokens = args.max_new_tokens
     repeats = args.repeats
     if parts & {"overhead", "size"}:
-        texts = long_answers(target, prompts, tokens, 1 if args.quick else 2)
+        texts = long_answers(target, prompts, 1 + 96, 1 if args.quick else 2)
         if "overhead" in parts:
             bench_overhead(target, stand_in, texts, repeats)
         if "size" in parts:

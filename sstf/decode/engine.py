@@ -95,6 +95,8 @@ class SpeculativeDecoder:
         verification: of drawn trees: `sequence` decides over whole paths (block and traversal verification), `token`
             token by token. Both are lossless, the first accepts more.
         experience: what decoding learned earlier; it goes on learning.
+        timed: on a GPU, wait for the device between drafting and verification, so that `Timings` tells them apart and
+            cost-aware trees learn; off, a greedy step waits once, for its tokens.
     """
 
     def __init__(
@@ -104,7 +106,9 @@ class SpeculativeDecoder:
         policy: AnyPolicy | None = None,
         verification: Literal["sequence", "token"] = "sequence",
         experience: Experience | None = None,
+        timed: bool = True,
     ) -> None:
+        self.timed = timed
         self.target, self.head, self.verification = target, head, verification
         self.policy: AnyPolicy = _for_chains_only(policy or Chain(), target) if head else policy or Chain()
         self.experience = experience or Experience()
@@ -498,7 +502,7 @@ class _Run:
         t0, t1, t2, t3 = times
         if self.bandit:
             self.bandit.observe(arm, emitted, t3 - t0)
-        if self.cost:
+        if self.cost and self.decoder.timed:
             levels = self.decoder.drafter.levels if self.decoder.drafter and policy else 0
             self.cost.observe(levels, max(map(len, trees)), t1 - t0, t2 - t1, t3 - t2)
         if self.calibrates and isinstance(policy, DynamicTree | CostAwareTree):
@@ -506,7 +510,7 @@ class _Run:
                 _observe(self.experience, tree, found)
 
     def _now(self) -> float:
-        if self.target.device.type == "cuda":
+        if self.decoder.timed and self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
 
