@@ -83,8 +83,8 @@ class PreallocatedCache(Cache):
     """Key/value cache with room for `capacity` tokens in each of `batch` rows.
 
     Two ways to write:
-    - all rows advance together (`advance` after the pass, `keep` after a tree): the decoder;
-    - `write_rows` places each row's tokens at its own positions: batched sampling with rows of different lengths.
+    - `write_behind` before a pass, `keep` after a tree: all rows advance together, as a single sequence does;
+    - `write_rows`, `keep_rows`: each row's tokens stand at its own positions, for sequences of different lengths.
     """
 
     def __init__(self, kinds: Sequence[str], batch: int, capacity: int) -> None:
@@ -103,17 +103,8 @@ class PreallocatedCache(Cache):
         self._states = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
         super().__init__(layers=layers)
 
-    @property
-    def length(self) -> int:
-        """Tokens held by every row."""
-        return self.plan.length
-
-    def advance(self, count: int) -> None:
-        """Make the last `count` written tokens permanent."""
-        self.plan.length += count
-
     def keep(self, offsets: Tensor) -> None:
-        """Of the tokens written behind `length`, keep those at `offsets` (ascending), in place, and advance.
+        """Of the tokens that the last pass wrote, keep those at `offsets` (ascending), in place, and advance.
 
         Args:
             offsets: [kept] int64, 0 is the first token written by the last pass.

@@ -18,7 +18,7 @@ def logits_of(target: Target, ids: list[int]) -> Tensor:
 @torch.inference_mode()
 def run(target: Target, cache: PreallocatedCache, ids: list[int], parents: list[int] | None = None) -> Tensor:
     """Logits of `ids` behind what the cache holds: a line of text, or a tree whose root is the first id."""
-    past, count = cache.length, len(ids)
+    past, count = cache.get_seq_length(), len(ids)
     mask = torch.ones(count, past + count, dtype=torch.bool).tril(past)
     positions = torch.arange(past, past + count)
     if parents is not None:
@@ -44,7 +44,7 @@ PATHS = [[50], [50, 11], [50, 12], [50, 12, 21], [50, 12, 22], [50, 12, 22, 31]]
 def test_each_node_sees_its_own_path_only(tiny_target: Target) -> None:
     cache = tiny_target.new_cache(20)
     torch.testing.assert_close(run(tiny_target, cache, PROMPT), logits_of(tiny_target, PROMPT), atol=1e-5, rtol=1e-4)
-    cache.advance(len(PROMPT))
+    cache.write_behind(len(PROMPT))
     found = run(tiny_target, cache, TREE, PARENTS)
     for row, path in enumerate(PATHS):
         expected = logits_of(tiny_target, [*PROMPT, *path])[-1]
@@ -56,10 +56,10 @@ def test_each_node_sees_its_own_path_only(tiny_target: Target) -> None:
 def test_keep_is_as_if_the_rest_had_never_been(kept: list[int], tiny_target: Target) -> None:
     cache = tiny_target.new_cache(20)
     run(tiny_target, cache, PROMPT)
-    cache.advance(len(PROMPT))
+    cache.write_behind(len(PROMPT))
     run(tiny_target, cache, TREE, PARENTS)
     cache.keep(torch.tensor(kept))
-    assert cache.length == len(PROMPT) + len(kept) == cache.get_seq_length()
+    assert cache.get_seq_length() == len(PROMPT) + len(kept)
     text = [*PROMPT, *(TREE[i] for i in kept), 77, 88]
     found = run(tiny_target, cache, [77, 88])
     torch.testing.assert_close(found, logits_of(tiny_target, text)[-2:], atol=1e-5, rtol=1e-4)
@@ -67,7 +67,7 @@ def test_keep_is_as_if_the_rest_had_never_been(kept: list[int], tiny_target: Tar
     fresh = tiny_target.new_cache(20)
     run(tiny_target, fresh, text[:-2])
     for one, other in zip(cache.layers, fresh.layers, strict=True):
-        end = cache.length
+        end = cache.get_seq_length()
         assert one.keys is not None and other.keys is not None and one.values is not None and other.values is not None
         torch.testing.assert_close(one.keys[:, :, :end], other.keys[:, :, :end], atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(one.values[:, :, :end], other.values[:, :, :end], atol=1e-5, rtol=1e-4)
@@ -77,7 +77,7 @@ def test_keep_is_as_if_the_rest_had_never_been(kept: list[int], tiny_target: Tar
 def test_nothing_is_allocated_after_the_first_pass(tiny_target: Target) -> None:
     cache = tiny_target.new_cache(20)
     run(tiny_target, cache, PROMPT)
-    cache.advance(len(PROMPT))
+    cache.write_behind(len(PROMPT))
     before = [layer.keys.data_ptr() for layer in cache.layers if layer.keys is not None]
     run(tiny_target, cache, TREE, PARENTS)
     cache.keep(torch.tensor([0, 2]))
