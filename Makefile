@@ -6,17 +6,17 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow check format bench docs clean
+.PHONY: help install demo test test-slow test-engines check format bench docs clean
 
 help:  ## Show this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 install: $(VENV)/.installed  ## Create .venv with sstf, its development tools and the small demo target
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) was not found: install Python 3.10 or newer, or pass PYTHON=/path/to/python3."; exit 1; }
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "sstf needs Python 3.10 or newer, found $$($(PYTHON) --version): pass PYTHON=/path/to/python3."; exit 1; }
-	@echo "Installing into $(VENV) (about a minute and 1.5 GB)"
+	@echo "Installing into $(VENV) (about a minute and 1.7 GB)"
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH_ARGS) torch
 	@$(PIP) -e ".[dev]"
@@ -30,7 +30,10 @@ test: install  ## Run the fast tests
 	@$(BIN)/python -m pytest -q
 
 test-slow: install  ## Run the proofs on the real target (minutes)
-	@$(BIN)/python -m pytest -q -m slow
+	@$(BIN)/python -m pytest -q -rs -m slow
+
+test-engines: install  ## Serve a head with vLLM and load it with speculators (4 GB the first time)
+	@scripts/test_engines.sh
 
 check: install  ## Check format, lint, types and layering
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted: run 'make format'."; exit 1; }
@@ -42,8 +45,9 @@ format: install  ## Format the code and fix what lint can fix
 	@$(BIN)/ruff check --quiet --fix-only .
 	@$(BIN)/ruff format .
 
-bench: install  ## Measure the speed of every stage on this machine
-	@$(BIN)/python scripts/bench_pipeline.py
+bench: install  ## Measure regeneration, extraction, loading and training on this machine
+	@$(BIN)/python scripts/bench_data.py
+	@$(BIN)/python scripts/bench_train.py
 
 docs: install  ## Build the documentation into site/
 	@$(PIP) -e ".[docs]"

@@ -1,4 +1,5 @@
-"""Measures a running vLLM server for verify_vllm.sh; standard library only, so any python3 runs it.
+"""Measures a running vLLM server for verify_vllm.sh; standard library and `sstf.parity.served` only, so that any
+python3 runs it.
 
 Subcommands, in the order in which the shell script calls them:
 `requirements` (an installed package's requirements, some left out), `free-port`, `healthy`, `measure` (prompts
@@ -17,7 +18,6 @@ import http.client
 import importlib.metadata
 import json
 import re
-import socket
 import sys
 import time
 import urllib.error
@@ -25,13 +25,13 @@ import urllib.request
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-MODEL_NAME = "target"  # --served-model-name in verify_vllm.sh
-HEALTH_TIMEOUT_S = 5.0
-METRICS_TIMEOUT_S = 30.0
+sys.path.insert(0, str(Path(__file__).parents[1]))  # runs in vLLM's environment, where sstf is not installed
+
+from sstf.parity.served import MODEL, OPENER, DraftCounters, fetch_counters, free_port, is_healthy, since
+
 WARM_UP_PROMPT = "Say hello."
 BROKEN_BELOW = 1.05  # mean accepted length; an untrained head reaches 1.00
 NGRAM = 4  # size of the n-grams of `repetition`
-OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the server is local: no proxy
 
 
 class MeasureError(Exception):
@@ -47,16 +47,6 @@ class Answer:
     text: str
     token_ids: list[int]
     decode_s: float
-
-
-@dataclass(frozen=True)
-class DraftCounters:
-    """vLLM's counters over a span of requests. `accepted_at[i]` counts accepted draft tokens at position i."""
-
-    rounds: float
-    drafted: float
-    accepted: float
-    accepted_at: list[float]
 
 
 @dataclass(frozen=True)
@@ -88,70 +78,7 @@ def canonical(name: str) -> str:
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def free_port() -> int:
-    """A port of the loopback interface that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 # --- the server --------------------------------------------------------------------------------
-
-
-def is_healthy(url: str) -> bool:
-    """Whether the server has loaded its model and answers."""
-    try:
-        with OPENER.open(f"{url}/health", timeout=HEALTH_TIMEOUT_S) as reply:
-            return bool(reply.status == 200)
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def read_counters(metrics: str) -> DraftCounters | None:
-    """Reads the spec_decode counters from the text of a /metrics page; None when it has none.
-
-    A counter has one line for each engine process (and position), for example
-    `vllm:spec_decode_num_accepted_tokens_per_pos_total{engine="0",model_name="target",position="2"} 5.0`.
-    """
-    sums: dict[str, float] = {}
-    at: dict[int, float] = {}
-    for line in metrics.splitlines():
-        found = re.fullmatch(r"vllm:spec_decode_num_(\w+)_total(?:\{(.*)\})? (\S+)", line)
-        if found is None:
-            continue
-        name, labels, value = found.group(1), found.group(2) or "", float(found.group(3))
-        position = re.search(r'position="(\d+)"', labels)
-        if name == "accepted_tokens_per_pos" and position is not None:
-            at[int(position.group(1))] = at.get(int(position.group(1)), 0.0) + value
-        else:
-            sums[name] = sums.get(name, 0.0) + value
-    if "drafts" not in sums:
-        return None
-    return DraftCounters(
-        rounds=sums["drafts"],
-        drafted=sums["draft_tokens"],
-        accepted=sums["accepted_tokens"],
-        accepted_at=[at[i] for i in sorted(at)],
-    )
-
-
-def fetch_counters(url: str) -> DraftCounters | None:
-    """The server's spec_decode counters now."""
-    with OPENER.open(f"{url}/metrics", timeout=METRICS_TIMEOUT_S) as reply:
-        return read_counters(reply.read().decode())
-
-
-def since(before: DraftCounters | None, after: DraftCounters | None) -> DraftCounters | None:
-    """What the counters counted between two readings."""
-    if before is None or after is None:
-        return None
-    earlier = before.accepted_at or [0.0] * len(after.accepted_at)
-    return DraftCounters(
-        rounds=after.rounds - before.rounds,
-        drafted=after.drafted - before.drafted,
-        accepted=after.accepted - before.accepted,
-        accepted_at=[now - then for now, then in zip(after.accepted_at, earlier, strict=True)],
-    )
 
 
 def seconds_until(end: float) -> float:
@@ -169,7 +96,7 @@ def answer(url: str, row: PromptRow, max_tokens: int, end: float) -> Answer:
     out of `decode_s`.
     """
     body = {
-        "model": MODEL_NAME,
+        "model": MODEL,
         "messages": row.messages,
         "temperature": 0,
         "max_tokens": max_tokens,

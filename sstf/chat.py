@@ -6,18 +6,15 @@ Decoding is left to `decode`, options and exit codes to `cli`.
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import signal
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Literal, get_args
+from typing import Literal
 
 import yaml
 from pydantic import Field
@@ -29,16 +26,11 @@ from transformers import PreTrainedTokenizerBase
 
 from sstf.config_loading import Section
 from sstf.data.chat_template import render_prompt
-from sstf.decode import DecodePolicy, Experience, SpeculativeDecoder, Step
-from sstf.errors import ConfigError, DecodeError, HeadError, SstfError, TargetError
-from sstf.methods import NgramConfig, build_method
-from sstf.methods.checkpoint import DraftHead, load_head, read_head
-from sstf.targets import EMBEDDED, Target, TargetConfig, TargetSpec, load_target
-from sstf.targets.huggingface import Dtype
-from sstf.trees import CostAwareTree
+from sstf.decode import DecodePolicy, SpeculativeDecoder, Step
+from sstf.errors import DecodeError, SstfError
+from sstf.opening import open_decoder
 from sstf.types import Message
 
-LOOKUP = "ngram"  # in place of a head's folder: prompt lookup, which has none
 DRAFTED = Style.parse("green")
 PROMPT = "> "
 HELP = {
@@ -78,7 +70,7 @@ def open_chat(
     """Load a target and its head.
 
     Args:
-        name: a head's folder, the folder of a run with one finished head, or `ngram`.
+        name: a head's folder, also a published one's, the folder of a run with one finished head, or `ngram`.
         config: how to decode.
         target_name: in place of the target that the head names.
         system: what stands before the conversation.
@@ -89,87 +81,14 @@ def open_chat(
     Raises:
         SstfError: an option, the head, the target or the experience cannot be used.
     """
-    if config.policy and not draft:
-        raise ConfigError("a policy says how to draft, which --no-draft turns off; leave out one of the two")
     notes = notes or Console(quiet=True)
-    learned = _load_experience(experience) if experience else Experience()
-    folder = None if name == LOOKUP else find_head(name)
-    stored = read_head(folder) if folder else None
     with notes.status(Text("loading")) if notes.is_terminal else nullcontext():
-        target = _load_target(target_name, folder, stored.target if stored else None)
-        # Loaded even when nothing is drafted, so that the answers are those of the target that the head is for.
-        head = load_head(folder, target) if folder else DraftHead(LOOKUP, build_method(NgramConfig()))
-        policy = config.policy or CostAwareTree(lookup=True)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            decoder = SpeculativeDecoder(target, head if draft else None, policy, experience=learned)
-        drafter = f"{folder} ({stored.config.kind})" if stored else "prompt lookup"
-        chat = Chat(decoder, config, system, drafter)
+        opened = open_decoder(name, config.policy, target_name, experience, draft)
+        chat = Chat(opened.decoder, config, system, opened.drafter)
         chat.warm_up()
-    for warning in caught:
-        notes.print(Text(f"note: {warning.message}"), soft_wrap=True)
+    for note in opened.notes:
+        notes.print(Text(f"note: {note}"), soft_wrap=True)
     return chat
-
-
-def find_head(name: str) -> Path:
-    """The head's folder, given itself, its training folder, or its run with one finished head.
-
-    Raises:
-        HeadError: there is none, or more than one.
-    """
-    folder = Path(name).expanduser()
-    for candidate in (folder, folder / "head"):
-        if (candidate / "head.json").is_file():
-            return candidate
-    heads = sorted(path.parent for path in folder.glob("train/*/head/head.json"))
-    finished = [head for head in heads if (head.parent / "done.json").is_file()]
-    if len(finished) == 1:
-        return finished[0]
-    if finished:
-        raise HeadError(
-            f"{folder}: holds {len(finished)} finished heads; name one: {', '.join(map(str, finished[:4]))}"
-            + ", ..." * (len(finished) > 4)
-        )
-    if heads:
-        raise HeadError(f"{folder}: its head is still in training; {heads[-1]} is the best so far and can be named")
-    raise HeadError(
-        f"{folder}: no head there; expected a head folder that `sstf train` wrote, the folder of a run that trained "
-        f"one, or {LOOKUP} for prompt lookup without a head"
-    )
-
-
-def _load_target(name: str | None, folder: Path | None, spec: TargetSpec | None) -> Target:
-    if spec is None or folder is None:
-        return load_target(name or next(iter(EMBEDDED)))
-    dtype: Dtype | None = next((known for known in get_args(Dtype) if known == spec.dtype), None)
-    if dtype is None:
-        raise HeadError(f"{folder}: its target's dtype is {spec.dtype}; expected one of {', '.join(get_args(Dtype))}")
-    config = TargetConfig(name=name) if name else _trained_for(folder, spec)
-    try:
-        return load_target(config.name, dtype, revision=config.revision)
-    except TargetError as error:
-        hint = "" if name else "; where the target was moved, --target says where it is now"
-        raise TargetError(f"{error}{hint}") from None
-
-
-def _trained_for(folder: Path, spec: TargetSpec) -> TargetConfig:
-    """A head knows its target's name alone; the run's configuration beside it also knows the folder or revision."""
-    known = TargetConfig(name=spec.name)
-    if spec.name in EMBEDDED:
-        return known
-    try:
-        fields = yaml.safe_load((folder.parent / "config.yaml").read_text(encoding="utf-8"))["target"]
-        config = TargetConfig.model_validate_json(json.dumps(fields))
-    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
-        return known
-    # Consent to run code that ships with weights is not taken from a file that may have come with them.
-    return config if Path(config.name).name == Path(spec.name).name else known
-
-
-def _load_experience(path: Path) -> Experience:
-    if path.is_dir() or not os.access(path if path.exists() else path.absolute().parent, os.W_OK):
-        raise ConfigError(f"{path}: cannot be written; expected a file, or a new name in an existing folder")
-    return Experience.load(path) if path.exists() else Experience()
 
 
 # ---- answering -------------------------------------------------------------------------------------------------------

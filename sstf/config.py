@@ -9,19 +9,24 @@ from pydantic import Field
 from sstf.config_loading import Section
 from sstf.data.config import DataConfig, SampleSource
 from sstf.evaluation import EvalConfig
-from sstf.export import ExportConfig
 from sstf.features import ExtractConfig
+from sstf.formats import ExportConfig
 from sstf.methods import Eagle3Config, MethodConfig
 from sstf.targets import TargetConfig
 from sstf.train.config import TrainConfig
 
 
 class RunConfig(Section):
-    """Everything that decides a run. `output_dir` None means `runs/<name>`."""
+    """Everything that decides a run. `output_dir` None means `runs/<name>`.
+
+    `serving_context` is how many tokens a conversation will have where the head is served, None for all that the
+    target takes. Only the plan reads it, to compare it with `data.max_length`.
+    """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     output_dir: Path | None = None
     seed: int = Field(default=0, ge=0)
+    serving_context: int | None = Field(default=None, ge=1)
     target: TargetConfig = TargetConfig(name="smollm2-135m-instruct")
     data: DataConfig = DataConfig(source=SampleSource())
     extract: ExtractConfig = ExtractConfig()

@@ -325,7 +325,10 @@ def _other_problem(place: _Place, error: ErrorDetails, model: type[Section]) -> 
         case "extra_forbidden":
             section = _sections(_locate(model, error["loc"][:-1]).annotation)
             known = list(section[0].model_fields) if len(section) == 1 else []
-            return f"unknown key{_suggest(place.key[-1], known)} Known keys: {', '.join(known) or 'none'}"
+            hint = _suggest(place.key[-1], known)
+            if hint == "." and len(section) == 1:  # it may belong a level deeper
+                hint = _suggest_below(str(place.key[-1]), section[0])
+            return f"unknown key{hint} Known keys: {', '.join(known) or 'none'}"
         case "missing":
             expected = _describe(place.annotation)
             return f"required but missing{expected and f'; expected {expected}'}"
@@ -333,7 +336,8 @@ def _other_problem(place: _Place, error: ErrorDetails, model: type[Section]) -> 
             return f"required but missing; expected one of {', '.join(_tags(place))}"
         case "union_tag_invalid":
             tags = _tags(place)
-            found = error["input"][place.key[-1]]
+            given = error["input"]
+            found = given[place.key[-1]] if isinstance(given, dict) else given
             return f"expected one of {', '.join(tags)}, found {_show(found)}{_suggest(found, tags)}"
         case "value_error" | "assertion_error":
             return str(context["error"])
@@ -345,7 +349,8 @@ def _place(model: type[Section], error: ErrorDetails) -> _Place:
     place = _locate(model, error["loc"])
     if error["type"] not in ("union_tag_not_found", "union_tag_invalid"):
         return place
-    return _Place((*place.key, error["ctx"]["discriminator"].strip("'")), place.annotation)
+    # A key in quotes, or a function that is named after the key it reads: _kind().
+    return _Place((*place.key, error["ctx"]["discriminator"].strip("'_()")), place.annotation)
 
 
 def _locate(model: type[Section], location: KeyPath) -> _Place:
@@ -425,6 +430,18 @@ def _suggest(word: Any, known: Sequence[str]) -> str:
     """Ends a sentence, with the nearest known word where there is one."""
     close = difflib.get_close_matches(str(word), known, n=1)
     return f'. Did you mean "{close[0]}"?' if close else "."
+
+
+def _suggest_below(word: str, section: type[Section]) -> str:
+    """As `_suggest`, from the keys of the sections inside `section`."""
+    below = {
+        key: f"{name}.{key}"
+        for name, field in section.model_fields.items()
+        for inner in _sections(field.annotation)
+        for key in inner.model_fields
+    }
+    close = difflib.get_close_matches(word, below, n=1)
+    return f'. Did you mean "{below[close[0]]}"?' if close else "."
 
 
 def _show(value: Any) -> str:

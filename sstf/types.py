@@ -4,14 +4,14 @@ Dimensions, used in annotations and comments alike:
 
 | name | meaning |
 |---|---|
-| `batch` | conversations (or parts) in a batch |
-| `seq` | positions in a row, padding included |
+| `batch` | sequences of a batch that is padded (of the target, and of drafting) |
+| `seq` | positions of a padded row; in training, of a micro-batch's conversations one after the other |
 | `hidden` | hidden size of the target |
 | `taps` | number of target layers read, times `hidden` |
 | `vocab` | target vocabulary |
 | `draft_vocab` | draft vocabulary, a subset of the target's |
 | `node` | nodes of a draft tree, the root excluded |
-| `row` | supervised positions of a batch, flattened |
+| `row` | chosen positions of a micro-batch: those that are supervised, or that the head is run at |
 
 Symbols: `x_t` is the token at position t, `h_t` the target's hidden state at position t (it predicts `x_{t+1}`).
 `target_probs` is the target's next-token distribution after temperature and top-p; `draft_probs` is the head's.
@@ -20,26 +20,53 @@ Symbols: `x_t` is the token at position t, `h_t` the target's hidden state at po
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 
 @dataclass(frozen=True)
+class ToolCall:
+    """A function that the assistant calls. `arguments` is a JSON object; `id` ties the result to the call."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+@dataclass(frozen=True)
 class Message:
-    """One turn: `role` is `system`, `user` or `assistant`."""
+    """One turn: `role` is `system`, `user`, `assistant` or `tool` (the result of a call).
+
+    `reasoning` (what the assistant thought before it answered) and `tool_calls` belong to assistant turns,
+    `tool_call_id` and `name` (of the function) to tool turns.
+    """
 
     role: str
     content: str
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    name: str | None = None
+
+
+Mode = Literal["thinking", "plain"]
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns in order. `id` is unique within its source; `source` names the file, data set or model it came from."""
+    """Turns in order. `id` is unique within its source; `source` names the file, data set or model it came from.
+
+    `tools` are the functions on offer, as JSON schemas in OpenAI's form. `mode` says whether the target is asked to
+    think before it answers; None leaves that to the template.
+    """
 
     id: str
     messages: tuple[Message, ...]
     source: str
+    tools: tuple[dict[str, Any], ...] = ()
+    mode: Mode | None = None
 
 
 @dataclass(frozen=True)
@@ -52,20 +79,39 @@ class TokenSample:
 
 
 @dataclass(frozen=True)
+class HiddenTeacher:
+    """The target's distributions as the last hidden states, of which `lm_head` makes logits. They are exact."""
+
+    hidden: Tensor  # [row, hidden], after the target's final norm
+    lse: Tensor  # [row] float32, log-sum-exp of the target's logits over the whole vocabulary
+
+
+@dataclass(frozen=True)
+class TopKTeacher:
+    """The target's distributions as their `k` most likely tokens, the likeliest first; the others' mass is lost."""
+
+    tokens: Tensor  # [row, k] int64
+    log_probs: Tensor  # [row, k] float16, logit - log-sum-exp over the whole vocabulary
+
+
+TeacherRows = HiddenTeacher | TopKTeacher
+
+
+@dataclass(frozen=True)
 class FeatureBatch:
     """Aligned training input; built in one place, `features/dataset.py`, which holds the worked token table.
 
-    Row position t carries the target features of `x_t`, the draft input token `x_{t+1}`, and the teacher of
-    `x_{t+2}`. Rows are padded at the end; padding has `loss_mask` False.
+    Conversations (documents) stand one after the other and nothing stands between or behind them. Row t of a document
+    carries the target features of `x_t`, the draft input token `x_{t+1}`, and the teacher of `x_{t+2}`.
     """
 
-    features: Tensor  # [batch, seq, taps], aux(h_t)
-    input_ids: Tensor  # [batch, seq] int64, x_{t+1}
-    teacher_hidden: Tensor  # [batch, seq, hidden], h_{t+1} after the target's final norm
-    teacher_token: Tensor  # [batch, seq] int64, argmax of the target at h_{t+1}
-    teacher_lse: Tensor  # [batch, seq] float32, log-sum-exp of the target's logits at h_{t+1}, whole vocabulary
-    labels: Tensor  # [batch, seq] int64, x_{t+2}
-    loss_mask: Tensor  # [batch, seq] bool, True where x_{t+2} was written by the assistant
+    features: Tensor  # [seq, taps], aux(h_t)
+    input_ids: Tensor  # [seq] int64, x_{t+1}
+    teacher: TeacherRows  # of h_{t+1} where `loss_mask` is True, in the order of the rows
+    teacher_token: Tensor  # [seq] int64, argmax of the target at h_{t+1} where `loss_mask` is True
+    labels: Tensor  # [seq] int64, x_{t+2}
+    loss_mask: Tensor  # [seq] bool, True where x_{t+2} was written by the assistant
+    lengths: tuple[int, ...]  # rows of each document, one or more; they add up to seq
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import tiny_llama
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from sstf.targets import Target, load_target
 
@@ -20,6 +23,13 @@ SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 WORDS = ["user", "assistant", "system", "Hello", "Hi", "ĊĊ"]
 
 torch.set_num_threads(1)  # the tensors here are too small to share
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Slow proofs run while there is time (`.ci/run`)."""
+    until = os.environ.get("SSTF_TESTS_UNTIL")
+    if until and item.get_closest_marker("slow") and time.time() > float(until):
+        pytest.skip("NOT RUN: no time left")
 
 
 @pytest.fixture(scope="session")
@@ -51,33 +61,6 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tokenizer(tokenizer_folder: Path) -> PreTrainedTokenizerBase:
     """A fresh one for each test: tests change its chat template."""
     return PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
-
-
-def tiny_llama(seed: int = 20, **changes: object) -> LlamaForCausalLM:
-    """Random weights, large enough that the next token depends on the whole prefix and its distribution is uneven.
-
-    With the default seed some greedy answers run into the end token.
-    """
-    torch.manual_seed(seed)
-    fields: dict[str, object] = dict(
-        vocab_size=300,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=256,
-        initializer_range=0.1,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=2,
-        pad_token_id=0,
-    )
-    model = LlamaForCausalLM(LlamaConfig(**(fields | changes)))
-    for name, parameter in model.named_parameters():
-        if "norm" in name:  # ones would hide a norm that is forgotten or taken twice
-            torch.nn.init.uniform_(parameter, 0.5, 1.5)
-    return model
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from typing import Any
 def write_bytes_atomic(path: Path, data: bytes) -> None:
     """Write `data` to `path`, replacing what is there in one step. Missing folders are made."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # Random too: processes of several machines or containers may share a folder, and have the same number.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
             file.write(data)

@@ -14,12 +14,14 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from sstf.data.chat_template import special_strings, user_turn_prefix
+from sstf.data.chat_template import user_turn_prefix
 from sstf.data.config import SelfWrittenSource
 from sstf.data.groups import GroupFiles
+from sstf.data.minhash import NearDuplicates
 from sstf.data.progress import Progress
 from sstf.data.regenerate import answer_text
 from sstf.data.sampler import Sampler, derive_seed
+from sstf.data.template import special_strings
 from sstf.errors import DataError
 from sstf.types import Conversation, Message, SamplingParams
 
@@ -43,6 +45,7 @@ def write_prompts(
     files: GroupFiles,
     progress: Progress,
     system_prompt: str | None = None,
+    near_duplicates: float | None = None,
 ) -> WrittenPrompts:
     """Draw requests in groups until `config.conversations` of them are kept.
 
@@ -53,6 +56,7 @@ def write_prompts(
         files: Where finished groups are kept; a later run goes on after them.
         progress: Shows kept requests and tokens.
         system_prompt: Rendered before the request; it is not part of the returned conversations.
+        near_duplicates: Jaccard similarity from which a request is a repeat of an earlier one; None: equal texts only.
 
     Returns:
         Exactly `config.conversations` conversations of one user turn.
@@ -64,7 +68,7 @@ def write_prompts(
     filters = {"slots", "conversations", "min_characters", "max_same_opening"}
     depends_on = [config.model_dump(mode="json", exclude=filters), system_prompt]
     prefix = user_turn_prefix(tokenizer, system_prompt)
-    chosen = _Filter(config, special_strings(tokenizer))
+    chosen = _Filter(config, special_strings(tokenizer), NearDuplicates(near_duplicates or 1.0))
     group = barren = 0
     with (
         progress.start("requests by the target", config.conversations, "requests") as done,
@@ -124,10 +128,10 @@ class _Filter:
 
     config: SelfWrittenSource
     special: list[str]
+    known: NearDuplicates
     texts: list[str] = field(default_factory=list)
     dropped: Counter[str] = field(default_factory=Counter)
     drawn: int = 0
-    _seen: set[str] = field(default_factory=set)
     _openings: Counter[str] = field(default_factory=Counter)
 
     def add(self, text: str, finished: bool) -> None:
@@ -138,7 +142,6 @@ class _Filter:
         if reason is not None:
             self.dropped[reason] += 1
             return
-        self._seen.add(text)
         self._openings[_opening(text)] += 1
         self.texts.append(text)
 
@@ -149,11 +152,10 @@ class _Filter:
             return "special token inside"
         if len(text) < self.config.min_characters:
             return "too short"
-        if text in self._seen:
-            return "duplicate"
         if self._openings[_opening(text)] >= self.config.max_same_opening:
             return "repeated opening"
-        return None
+        # Last: a text that is dropped for another reason must not be remembered.
+        return "duplicate" if self.known.add(text) is not None else None
 
 
 def _opening(text: str) -> str:

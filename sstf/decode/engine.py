@@ -3,14 +3,18 @@
 A step: draft a tree for every sequence, run the target once over the last emitted tokens and the trees, keep the
 accepted branches, emit them with the bonus tokens. Without a head the trees are empty and the same loop is plain
 decoding, so baseline and speculation differ in nothing else. A sequence that ends makes room for the next prompt.
+
+`generate` and `generate_batch` decode what is known beforehand; in a `Session` sequences come and go between steps.
 """
 
 from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Literal
 
 import torch
@@ -18,6 +22,7 @@ from torch import Tensor
 
 from sstf.decode.adaptive import AnyPolicy, BanditPolicy, Experience, tree_policies
 from sstf.decode.bandit import PLAIN, Bandit
+from sstf.decode.cost import CostModel
 from sstf.decode.hybrid import LONGEST, HybridDrafter
 from sstf.decode.measure import measure_costs
 from sstf.decode.passes import Passes, read
@@ -59,10 +64,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Step:
-    """What one pass emitted; the first `accepted` of the tokens were drafted."""
+    """What one pass emitted; the first `accepted` of the tokens were among the `drafted` nodes of its tree."""
 
     tokens: list[int]
     accepted: int
+    drafted: int
 
 
 @dataclass(frozen=True)
@@ -143,7 +149,8 @@ class SpeculativeDecoder:
             temperature: 0 is greedy.
             top_p: nucleus sampling, in (0, 1].
             top_k: sample from so many best tokens only; 0 is off.
-            seed: of the generator that sampling draws from.
+            seed: of the generator that sampling draws from. Unless the policy draws its trees, the text does not
+                depend on what was drafted, but for rounding.
             stop: the token that completes one of these strings in the new text is the last.
             on_step: called with each pass's tokens, for streaming.
 
@@ -155,7 +162,6 @@ class SpeculativeDecoder:
         report = (lambda _, step: on_step(step)) if on_step else None
         return self.generate_batch([input_ids], params, 1, report)[0]
 
-    @torch.inference_mode()
     def generate_batch(
         self,
         prompts: Sequence[Sequence[int] | Tensor],
@@ -183,13 +189,26 @@ class SpeculativeDecoder:
         requests = [_check(self.target, ids, one) for ids, one in zip(prompts, each, strict=True)]
         if not requests:
             return []
-        slots = min(slots, len(requests))
+        longest = max(len(request.prompt) + request.params.max_new_tokens for request in requests)
+        sequences: list[SequenceState] = []
+        with self.session(min(slots, len(requests)), longest) as session:
+            while len(sequences) < len(requests) or session.active:
+                while len(sequences) < len(requests) and session.free:
+                    index = len(sequences)
+                    sequences.append(session.admit(requests[index], on_step and partial(on_step, index)))
+                session.step()
+        return [sequence.generation for sequence in sequences if sequence.generation]
+
+    @contextmanager
+    def session(self, slots: int, capacity: int) -> Iterator[Session]:
+        """Decode sequences that come and go: at most `slots` at once, each of at most `capacity` tokens with its
+        prompt. To be opened, used and left in one thread, one at a time."""
         if slots > 1 and not self.target.takes_trees:
-            warnings.warn("this target's layers or attention take one sequence at a time: slots is 1", stacklevel=2)
+            warnings.warn("this target's layers or attention take one sequence at a time: slots is 1", stacklevel=3)
             slots = 1
-        with self.taps:
+        with torch.inference_mode(), self.taps:
             try:
-                return _Run(self, requests, slots, on_step).run()
+                yield Session(self, slots, capacity)
             except BaseException:
                 # A NaN that stays in a cache spoils later texts, though masked: 0 times NaN is NaN.
                 self._passes, self.drafter = None, self._new_drafter()
@@ -219,12 +238,14 @@ def _for_chains_only(policy: AnyPolicy, target: Target) -> AnyPolicy:
 
 
 @dataclass(frozen=True)
-class _Request:
+class Request:
+    """A prompt that was checked, and how to continue it."""
+
     prompt: list[int]
     params: SamplingParams
 
 
-def _check(target: Target, input_ids: Sequence[int] | Tensor, params: SamplingParams) -> _Request:
+def _check(target: Target, input_ids: Sequence[int] | Tensor, params: SamplingParams) -> Request:
     ids = torch.as_tensor(input_ids, dtype=torch.int64)
     if ids.ndim == 2 and len(ids) == 1:
         ids = ids[0]
@@ -247,16 +268,16 @@ def _check(target: Target, input_ids: Sequence[int] | Tensor, params: SamplingPa
         raise DecodeError("stop holds an empty string, which every text contains; remove it")
     if int(ids.min()) < 0 or int(ids.max()) >= target.spec.vocab_size:
         raise DecodeError(f"input_ids holds ids outside the target's vocabulary of {target.spec.vocab_size}")
-    return _Request(ids.tolist(), params)
+    return Request(ids.tolist(), params)
 
 
 @dataclass
-class _Sequence:
-    """One sequence being decoded."""
+class SequenceState:
+    """One sequence of a session. `generation` is there once it has ended."""
 
-    index: int  # of its prompt
     slot: int
     params: SamplingParams
+    on_step: Callable[[Step], None] | None
     generator: torch.Generator
     stop: StopStrings | None
     length: int  # tokens in the target's cache; the last emitted one is not yet among them
@@ -269,63 +290,89 @@ class _Sequence:
     draft_s: float = 0.0
     verify_s: float = 0.0
     ended: Literal["end", "stop", "length"] | None = None
+    generation: Generation | None = None
 
     @property
     def room(self) -> int:
+        """Tokens that it may still emit."""
         return self.params.max_new_tokens - len(self.emitted)
 
 
-class _Run:
-    """One `generate_batch` call."""
+class Session:
+    """Sequences that are decoded side by side; see `SpeculativeDecoder.session`."""
 
-    def __init__(
-        self,
-        decoder: SpeculativeDecoder,
-        requests: Sequence[_Request],
-        slots: int,
-        on_step: Callable[[int, Step], None] | None,
-    ) -> None:
-        self.decoder, self.target, self.on_step = decoder, decoder.target, on_step
-        self.requests, self.waiting = requests, list(range(len(requests)))[::-1]
+    def __init__(self, decoder: SpeculativeDecoder, slots: int, capacity: int) -> None:
+        self.decoder, self.target, self.capacity = decoder, decoder.target, capacity
         self.policies = tree_policies(decoder.policy) if decoder.drafter else []
         nodes = max((p.total_tokens + (LONGEST if p.lookup else 0) for p in self.policies), default=0)
-        capacity = max(len(r.prompt) + r.params.max_new_tokens for r in requests)
         self.passes = decoder.passes(slots, capacity + nodes + 1)
         self.experience = decoder.experience
-        if any(isinstance(p, CostAwareTree) for p in self.policies) and slots not in self.experience.costs:
-            self.experience.costs[slots] = measure_costs(self.target, decoder.drafter, decoder.layers, slots)
+        # What a pass costs depends on how many share it: learned for powers of two, as the number varies.
+        self.sizes = [size for size in _powers_of_two(slots) if size < slots] + [slots]
+        if any(isinstance(p, CostAwareTree) for p in self.policies):
+            for size in self.sizes:
+                if size not in self.experience.costs:
+                    costs = measure_costs(self.target, decoder.drafter, decoder.layers, size)
+                    self.experience.costs[size] = costs
         if decoder.drafter:  # after the measurement, which uses it too
             decoder.drafter.start(slots, capacity + max(p.drafted_tokens for p in self.policies) + 1)
-        self.free = list(range(slots))[::-1]
-        self.active: list[_Sequence] = []
-        self.results: dict[int, Generation] = {}
         self.slots = slots
-        self.cost = self.experience.costs.get(slots)
+        self.active: list[SequenceState] = []  # in the order of their slots
         self.calibrates = any(isinstance(p, DynamicTree | CostAwareTree) and p.calibrated for p in self.policies)
-        self.bandit: Bandit | None = None
-        if decoder.drafter and isinstance(decoder.policy, BanditPolicy):
-            self.bandit = self.experience.bandit(decoder.policy, slots)
 
-    def run(self) -> list[Generation]:
-        while self.waiting or self.active:
-            while self.waiting and self.free:
-                self._admit(self.waiting.pop())
-            if self.active:
-                self._step()
-        return [self.results[index] for index in range(len(self.requests))]
+    @property
+    def free(self) -> int:
+        """Sequences that there is room for."""
+        return self.slots - len(self.active)
+
+    @property
+    def cost(self) -> CostModel | None:
+        """Of passes as large as the next one."""
+        return self.experience.costs.get(self._size)
+
+    @property
+    def bandit(self) -> Bandit | None:
+        """Of passes as large as the next one."""
+        if self.decoder.drafter and isinstance(self.decoder.policy, BanditPolicy):
+            return self.experience.bandit(self.decoder.policy, self._size)
+        return None
+
+    @property
+    def _size(self) -> int:
+        return next(size for size in self.sizes if size >= len(self.active))
 
     # ---- the beginning and the end of a sequence --------------------------------------------------------------------
 
-    def _admit(self, index: int) -> None:
-        request, slot, started = self.requests[index], self.free.pop(), self._now()
-        params = request.params
+    def add(
+        self,
+        input_ids: Sequence[int] | Tensor,
+        params: SamplingParams,
+        on_step: Callable[[Step], None] | None = None,
+    ) -> SequenceState:
+        """Take in a prompt and emit its first token.
+
+        Raises:
+            DecodeError: as `SpeculativeDecoder.generate`, or there is no free slot, or too little room in it.
+        """
+        return self.admit(_check(self.target, input_ids, params), on_step)
+
+    def admit(self, request: Request, on_step: Callable[[Step], None] | None = None) -> SequenceState:
+        """`add`, of a request that was checked."""
+        params, started = request.params, self._now()
+        if not self.free or len(request.prompt) + params.max_new_tokens > self.capacity:
+            raise DecodeError(
+                f"{self.free} of {self.slots} slots are free, for {self.capacity} tokens each; expected one for "
+                f"{len(request.prompt)} tokens and {params.max_new_tokens} new ones"
+            )
+        taken = {s.slot for s in self.active}
+        slot = next(slot for slot in range(self.slots) if slot not in taken)  # the lowest: neighbours are read faster
         if self.decoder.drafter:
             self.decoder.drafter.restart(slot)
         logits, features = self.passes.prefill(slot, request.prompt)
-        sequence = _Sequence(
-            index,
+        sequence = SequenceState(
             slot,
             params,
+            on_step,
             torch.Generator().manual_seed(params.seed),
             StopStrings(self.target.tokenizer, params.stop) if params.stop else None,
             length=len(request.prompt),
@@ -338,14 +385,19 @@ class _Run:
             raise _not_finite(len(request.prompt) - 1)
         first = int(best) if params.temperature == 0 else draw(self._warp(sequence, logits), sequence.generator)
         sequence.prefilled = self._now()
-        self._emit(sequence, [first], accepted=0)
+        self._emit(sequence, [first], accepted=0, drafted=0)
         sequence.news.append(first)
         if sequence.ended:
             self._finish(sequence)
         else:
             self.active = sorted([*self.active, sequence], key=lambda s: s.slot)
+        return sequence
 
-    def _emit(self, sequence: _Sequence, tokens: list[int], accepted: int) -> list[int]:
+    def drop(self, sequence: SequenceState) -> None:
+        """End a sequence that nobody waits for any more."""
+        self.active = [s for s in self.active if s is not sequence]
+
+    def _emit(self, sequence: SequenceState, tokens: list[int], accepted: int, drafted: int) -> list[int]:
         """Emit what may be emitted: nothing after an end token, a stop string, or past the limit."""
         tokens = tokens[: sequence.room]
         end = next((i + 1 for i, token in enumerate(tokens) if token in self.target.end_tokens), None)
@@ -356,25 +408,31 @@ class _Run:
             sequence.ended = "stop" if stop and stop != end else "end"
         elif not sequence.room:
             sequence.ended = "length"
-        if self.on_step:
-            self.on_step(sequence.index, Step(list(tokens), min(accepted, len(tokens))))
+        if sequence.on_step:
+            sequence.on_step(Step(list(tokens), min(accepted, len(tokens)), drafted))
         return tokens
 
-    def _finish(self, sequence: _Sequence) -> None:
+    def _finish(self, sequence: SequenceState) -> None:
         decode = self._now() - sequence.prefilled
         prefill = sequence.prefilled - sequence.started
-        self.results[sequence.index] = Generation(
+        sequence.generation = Generation(
             sequence.emitted,
             sequence.accepted_lengths,
             Timings(prefill, decode, sequence.draft_s, sequence.verify_s),
             sequence.ended or "length",
         )
-        self.free.append(sequence.slot)
 
     # ---- a step -----------------------------------------------------------------------------------------------------
 
-    def _step(self) -> None:
+    def step(self) -> None:
+        """One pass over all sequences.
+
+        Raises:
+            DecodeError: the target or the head returned values that are not numbers; the session is of no use then.
+        """
         active, t0 = self.active, self._now()
+        if not active:
+            return
         arm, policy = self._choose()
         trees = self._draft(policy)
         t1 = self._now()
@@ -387,7 +445,7 @@ class _Run:
         self.passes.keep(slots, past, kept)
         emitted = 0
         for i, (s, v) in enumerate(zip(active, verified, strict=True)):
-            new = self._emit(s, [*v.tokens, v.bonus], len(v.nodes))
+            new = self._emit(s, [*v.tokens, v.bonus], len(v.nodes), len(trees[i]))
             s.length += len(kept[i])
             s.accepted_lengths.append(len(new))
             s.news += [*v.tokens, v.bonus]
@@ -405,10 +463,10 @@ class _Run:
         """The arm and its tree policy; None decodes plainly."""
         if not self.decoder.drafter or not any(s.room > 1 for s in self.active):
             return PLAIN, None
-        if not self.bandit:
+        if not (bandit := self.bandit):
             return "", self.policies[0]
         assert isinstance(self.decoder.policy, BanditPolicy)
-        arm = self.bandit.choose()
+        arm = bandit.choose()
         return arm, self.decoder.policy.arms.get(arm)
 
     def _draft(self, policy: AnyTree | None) -> list[DraftTree]:
@@ -450,17 +508,18 @@ class _Run:
             self._complain(finite, rows, nodes[1::2])
         verified = []
         for i, (s, tree) in enumerate(zip(self.active, trees, strict=True)):
+            here = DraftTree(torch.tensor(nodes[2 * i]), torch.tensor(nodes[2 * i + 1]))  # not on the device
             if s.params.temperature == 0:
-                tokens, parents = torch.tensor(nodes[2 * i]), torch.tensor(nodes[2 * i + 1])
-                verified.append(verify_greedy(DraftTree(tokens, parents), found[i * rows : i * rows + sizes[i] + 1]))
+                verified.append(verify_greedy(here, found[i * rows : i * rows + sizes[i] + 1]))
                 continue
             probs = self._warp(s, logits[i, : sizes[i] + 1])
-            verified.append(self._sample(tree, probs, s.generator, policy))
+            if tree.draft_probs is None:
+                verified.append(verify_deterministic(here, probs, s.generator))
+            else:
+                verified.append(self._sample(tree, probs, s.generator, policy))
         return verified
 
     def _sample(self, tree: DraftTree, probs: Tensor, generator: torch.Generator, policy: AnyTree | None) -> Verified:
-        if tree.draft_probs is None:
-            return verify_deterministic(tree, probs, generator)
         replacement = not isinstance(policy, DynamicTree | CostAwareTree | None) and policy.draw == "iid"
         if self.decoder.verification == "token":
             return verify_sampled(tree, probs, generator, replacement)
@@ -486,7 +545,7 @@ class _Run:
         )
 
     @staticmethod
-    def _warp(sequence: _Sequence, logits: Tensor) -> Tensor:
+    def _warp(sequence: SequenceState, logits: Tensor) -> Tensor:
         """By the one temperature for drafted and bonus tokens alike."""
         return warp(logits, sequence.params.temperature, sequence.params.top_p, sequence.params.top_k)
 
@@ -500,11 +559,11 @@ class _Run:
         times: tuple[float, float, float, float],
     ) -> None:
         t0, t1, t2, t3 = times
-        if self.bandit:
-            self.bandit.observe(arm, emitted, t3 - t0)
-        if self.cost and self.decoder.timed:
+        if bandit := self.bandit:
+            bandit.observe(arm, emitted, t3 - t0)
+        if self.decoder.timed and (cost := self.cost):
             levels = self.decoder.drafter.levels if self.decoder.drafter and policy else 0
-            self.cost.observe(levels, max(map(len, trees)), t1 - t0, t2 - t1, t3 - t2)
+            cost.observe(levels, max(map(len, trees)), t1 - t0, t2 - t1, t3 - t2)
         if self.calibrates and isinstance(policy, DynamicTree | CostAwareTree):
             for tree, found in zip(trees, verified, strict=True):
                 _observe(self.experience, tree, found)
@@ -513,6 +572,10 @@ class _Run:
         if self.decoder.timed and self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
+
+
+def _powers_of_two(limit: int) -> list[int]:
+    return [2**i for i in range(limit.bit_length())]
 
 
 def _observe(experience: Experience, tree: DraftTree, found: Verified) -> None:

@@ -23,13 +23,13 @@ DEPTH = 4  # of the drafts measured
 
 @torch.inference_mode()
 def measure_costs(
-    target: Target, drafter: Drafter | None, layers: Sequence[int], slots: int = 1, repeats: int = 3
+    target: Target, drafter: Drafter | None, layers: Sequence[int], slots: int = 1, repeats: int = 3, past: int = PAST
 ) -> CostModel:
-    """Time verify passes of every size in `KNOTS`, and drafting, in turn; medians of `repeats`.
+    """Time verify passes of every size in `KNOTS`, and drafting, in turn, behind `past` tokens; medians of `repeats`.
 
     Host work starts at 0: decoding itself teaches it. A drafter is left without sequences.
     """
-    past = min(PAST, target.context // 2)
+    past = min(past, target.context // 2)
     knots = [min(knot, target.context - past) for knot in KNOTS]
     with target.tap(layers) as taps:
         passes = Passes(target, taps if layers else None, slots, past + KNOTS[-1] + 1)

@@ -41,7 +41,7 @@ class Passes:
             self.cache.write_behind(0)
             self.cache.forget()
         else:
-            self.cache.write_rows(torch.tensor([slot], device=ids.device), positions, len(prompt))
+            self.cache.write_rows(torch.tensor([slot], device=ids.device), positions, len(prompt), _block([slot]))
             mask = (positions[:, None] <= positions[..., None]) if self.target.takes_trees else None
         hidden = self._forward(ids, positions, mask)
         return self._logits(hidden[0, -1]), self._features(hidden)[0]
@@ -77,7 +77,7 @@ class Passes:
                 self.states = self.cache.states()
         else:
             where = starts + torch.arange(nodes + 1, device=device)
-            self.cache.write_rows(torch.tensor(slots, device=device), where, max(past) + nodes + 1)
+            self.cache.write_rows(torch.tensor(slots, device=device), where, max(past) + nodes + 1, _block(slots))
         self.last = ids
         hidden = self._forward(ids, positions, mask, past)
         return self._logits(hidden), self._features(hidden)
@@ -156,6 +156,11 @@ class Passes:
     def _features(self, hidden: Tensor) -> Tensor:
         """[batch, rows, taps]; taps is 0 for a method that reads none."""
         return self.taps.features() if self.taps else hidden[..., :0]
+
+
+def _block(slots: Sequence[int]) -> slice | None:
+    """Ascending slots as a slice, where they are neighbours."""
+    return slice(slots[0], slots[-1] + 1) if slots[-1] - slots[0] == len(slots) - 1 else None
 
 
 def _pad(rows: list[Tensor], length: int, value: int) -> Tensor:

@@ -6,7 +6,7 @@ what they assume of the tree, and in how much of it they accept:
 | rule | the tree | paper |
 |---|---|---|
 | `verify_greedy` | any | |
-| `verify_deterministic` | any; candidates are point masses | SpecInfer, arXiv 2305.09781 |
+| `verify_deterministic` | any; a candidate is right if it is the token drawn | as SpecInfer, arXiv 2305.09781 |
 | `verify_sampled` | drawn from `tree.draft_probs`, decided token by token | SpecInfer, Algorithm 2 |
 | `verify_block` | a drawn chain, decided as a whole | block verification, arXiv 2403.10444 |
 | `verify_traversal` | drawn, decided from the leaves up | Traversal Verification, arXiv 2505.12398 |
@@ -67,44 +67,33 @@ def verify_greedy(tree: DraftTree, target_tokens: list[int]) -> Verified:
 def verify_deterministic(
     tree: DraftTree, target_probs: Float[Tensor, "rows vocab"], generator: torch.Generator
 ) -> Verified:
-    """Takes each child as a point mass: x is accepted with probability target_probs[x]; a rejected x is removed
-    (target_probs[x] = 0, renormalised) and the next sibling is tried; the bonus token is drawn from what is left.
+    """Draws the target's token at the root, follows the child that equals it and draws again there; the drawn token
+    that no child equals is the bonus token.
 
-    Lossless for any tree, drawn or chosen. Accepts some child of a node with the sum of their target_probs.
+    Lossless for any tree, drawn or chosen. Accepts some child of a node with the sum of their target_probs, which is
+    what rejecting them one by one would (SpecInfer's rule, for candidates taken as point masses). Since every emitted
+    token takes one number and nothing else does, the same numbers give the same text whatever was drafted.
 
     Args:
         tree: the proposal.
         target_probs: the warped target distribution at the root and then at each node, [node + 1, vocab].
-        generator: on the CPU; one uniform number is drawn per child tried and one for the bonus token.
+        generator: on the CPU; one uniform number is drawn per emitted token.
 
     Raises:
         DecodeError: shapes that do not fit, or a distribution without mass.
     """
     _expect_rows(tree, target_probs)
-    tokens, parents, (target_at,) = _at_nodes(tree, target_probs)
-    below = children(parents)
+    tokens: list[int] = tree.tokens.tolist()
+    below = children(tree.parents.tolist())
     path: list[int] = []
     node = ROOT
     while True:
-        accepted = None
-        rejected: dict[int, float] = {}
-        for child in below.get(node, ()):
-            # A repeated sibling was removed with the first one.
-            chance = 0.0 if tokens[child] in rejected else target_at[child]
-            left = 1 - sum(rejected.values())
-            # `left` is off by the rounding of the row, so it may fall below what this child has for certain.
-            if uniform(generator) < (chance / left if chance < left else float(chance > 0)):
-                accepted = child
-                break
-            rejected[tokens[child]] = target_at[child]
-        if accepted is None:
-            row = target_probs[node + 1].double()
-            if rejected:
-                rest = row.index_fill(-1, torch.tensor(list(rejected), device=row.device), 0)
-                row = torch.where(rest.sum() > 0, rest, row)  # no mass left: only rounding rejected the last child
-            return _verified(path, tokens, draw(row, generator))
-        path.append(accepted)
-        node = accepted
+        drawn = draw(target_probs[node + 1], generator)
+        found = next((child for child in below.get(node, ()) if tokens[child] == drawn), None)
+        if found is None:
+            return _verified(path, tokens, drawn)
+        path.append(found)
+        node = found
 
 
 def verify_sampled(

@@ -1,8 +1,19 @@
 """Evaluation: suites, protocol, figures, reports."""
 
 from sstf.evaluation.config import EvalConfig
-from sstf.evaluation.report import hardware, write_report
-from sstf.evaluation.run import Row, evaluate
+from sstf.evaluation.report import write_report
+from sstf.evaluation.run import Evaluation, Row, evaluate, measure
 from sstf.evaluation.suites import Prompt, load_suite
+from sstf.machine import hardware
 
-__all__ = ["EvalConfig", "Prompt", "Row", "evaluate", "hardware", "load_suite", "write_report"]
+__all__ = [
+    "EvalConfig",
+    "Evaluation",
+    "Prompt",
+    "Row",
+    "evaluate",
+    "hardware",
+    "load_suite",
+    "measure",
+    "write_report",
+]

@@ -1,84 +1,122 @@
-"""The evaluation report: `report.json` for machines, `report.md` for people."""
+"""The evaluation report: `report.json` for machines (`report.schema.json` is its form), `report.md` and `report.html`
+for people.
+
+`rejections.json` holds the rejections that are shown one by one, with the text around them: apart, since a report is
+published with its head and texts may be private.
+"""
 
 from __future__ import annotations
 
-import platform
+import hashlib
+import json
 from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.evaluation.config import PLAIN
-from sstf.evaluation.run import ALL, Row, rows_to_json
+from sstf.evaluation.limits import Limits
+from sstf.evaluation.page import page
+from sstf.evaluation.rejections import CAUSES
+from sstf.evaluation.run import ALL, Evaluation, Row
+from sstf.machine import hardware
 from sstf.targets import Target
 
-SCHEMA = 1
+SCHEMA = 2
 FORMULAS = {
     "accepted_length": "tokens emitted by verify passes / verify passes (bonus token included; 1 .. depth + 1)",
     "survival": "passes that accepted draft position i / passes",
     "acceptance_rate": "passes that accepted position i / passes that accepted position i - 1",
     "tokens_per_second": "tokens after the first / seconds after the prefill, batch 1",
     "speedup": "tokens_per_second / plain tokens_per_second, same engine, prompts and run; 95 % bootstrap over prompts",
-    "draft_ms, verify_ms": "milliseconds a verify pass",
+    "draft_ms, verify_ms, host_ms": "milliseconds a verify pass; host is neither drafting nor the target",
+    "ceiling": "speedup <= accepted_length",
+    "constant_rate": "(1 - a^(depth + 1)) / (1 - a) with a = acceptance_rate of the first position (chains)",
+    "draft_cost, verify_cost, host_cost": "seconds a verify pass / seconds a plain pass; "
+    "speedup = accepted_length / (draft_cost + verify_cost + host_cost)",
+    "vocabulary_cap": "mean target_probs of the draft vocabulary at the new tokens: no acceptance rate can exceed it",
+    "tree_oracle": "1 + sum of target_probs along the path over the best nodes of a tree of the same depth and size",
 }
 
 
-def hardware() -> dict[str, Any]:
-    """What a figure was measured on."""
+def write_report(
+    folder: Path, evaluation: Evaluation, target: Target, head: str | None, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Write all forms to `folder`; returns what `report.json` holds."""
+    content = report(evaluation, target, head, config)
+    write_json_atomic(folder / "report.json", content)
+    write_bytes_atomic(folder / "report.md", markdown(evaluation, content).encode())
+    write_json_atomic(folder / "rejections.json", [asdict(one) for one in evaluation.rejections.kept])
+    write_bytes_atomic(folder / "report.html", page(content, evaluation.rejections.kept).encode())
+    return content
+
+
+def report(evaluation: Evaluation, target: Target, head: str | None, config: dict[str, Any]) -> dict[str, Any]:
+    """The content of `report.json`."""
+    template = target.tokenizer.chat_template
     return {
-        "machine": platform.machine(),
-        "processor": _processor(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor()
-
-
-def write_report(folder: Path, rows: Sequence[Row], target: Target, head: str | None, config: dict[str, Any]) -> None:
-    """Write both forms to `folder`."""
-    content = {
         "schema": SCHEMA,
+        "sstf": version("sstf"),
         "target": target.spec.to_json(),
+        "chat_template_sha256": hashlib.sha256(str(template).encode()).hexdigest(),
         "head": head,
         "eval": config,
         "engine": "sstf (transformers modules)",
         "hardware": hardware(),
         "formulas": FORMULAS,
-        "rows": rows_to_json(rows),
+        "rows": _objects(evaluation.rows),
+        "by_mode": _objects(evaluation.by_mode),
+        "by_length": _objects(evaluation.by_length),
+        "limits": _objects(evaluation.limits),
+        "distributions": _objects(evaluation.distributions),
+        "rejections": evaluation.rejections.counts,
+        "costs": {str(batch): cost.to_json() for batch, cost in evaluation.costs.items()},
+        "seconds": evaluation.seconds,
+        "training": training_curve(Path(head).parent / "metrics.jsonl") if head else None,
+        "prompts": _objects(evaluation.prompts),
     }
-    write_json_atomic(folder / "report.json", content)
-    write_bytes_atomic(folder / "report.md", markdown(rows, content).encode())
 
 
-def markdown(rows: Sequence[Row], content: dict[str, Any]) -> str:
-    """The readable form: overall rows, then by category, then the formulas."""
-    machine = content["hardware"]
+def training_curve(log: Path) -> list[tuple[int, float]] | None:
+    """Simulated accepted length by optimiser step, from the log beside a head; None where there is no such log. A line
+    that a crash cut off is passed over."""
+    if not log.is_file():
+        return None
+    points = []
+    for line in log.read_text(encoding="utf-8").splitlines():
+        try:
+            figures = json.loads(line)
+        except ValueError:
+            continue
+        if "val/simulated_accepted_length" in figures:
+            points.append((int(figures["step"]), float(figures["val/simulated_accepted_length"])))
+    return points or None
+
+
+def _objects(items: Sequence[Any]) -> list[dict[str, Any]]:
+    return [asdict(item) for item in items]
+
+
+def markdown(evaluation: Evaluation, content: dict[str, Any]) -> str:
+    """The readable form: overall rows, then by group, positions, limits and causes, then the formulas."""
+    machine, rows = content["hardware"], evaluation.rows
     lines = [
         "# Evaluation",
         "",
         f"Target {content['target']['name']} ({content['target']['dtype']}), engine {content['engine']}, "
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.",
         "",
-        *_table([row for row in rows if row.category == ALL], "arm"),
+        *_table([row for row in rows if row.category == ALL], ""),
         "",
-        "## By category",
-        "",
-        *_table([row for row in rows if row.category != ALL and row.arm != PLAIN], "category"),
-        "",
+    ]
+    groups = (("category", rows), ("mode", evaluation.by_mode), ("prompt length", evaluation.by_length))
+    for name, found in groups:
+        parts = [row for row in found if row.category != ALL and row.arm != PLAIN]
+        if parts:
+            lines += [f"## By {name}", "", *_table(parts, name), ""]
+    lines += [
         "## Acceptance by draft position",
         "",
         "| arm | temperature | survival | acceptance rate |",
@@ -89,28 +127,61 @@ def markdown(rows: Sequence[Row], content: dict[str, Any]) -> str:
             if r.category == ALL and r.survival
         ],
         "",
-        "## Formulas",
-        "",
-        *[f"- `{name}`: {formula}" for name, formula in content["formulas"].items()],
-        "",
     ]
+    if evaluation.limits:
+        lines += ["## Limits", "", *_limits(evaluation.limits), ""]
+    if evaluation.rejections.counts:
+        lines += ["## Why drafts were rejected (temperature 0)", "", *_causes(evaluation.rejections.counts), ""]
+    seconds = content["seconds"]
+    if seconds:
+        lines += [
+            f"Decoding took {seconds['decoding']:.0f} s, finding limits and causes {seconds['analysis']:.1f} s, "
+            f"measuring costs {seconds['costs']:.1f} s.",
+            "",
+        ]
+    lines += ["## Formulas", "", *[f"- `{name}`: {formula}" for name, formula in content["formulas"].items()], ""]
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Row], first: str) -> list[str]:
+def _table(rows: Sequence[Row], group: str) -> list[str]:
+    """`group` names a second column; empty for none."""
     out = [
-        f"| arm |{' category |' if first == 'category' else ''} temperature | accepted length | tokens/s | speedup "
-        "| draft ms | verify ms | same text | note |",
-        "|---|" + ("---|" if first == "category" else "") + "---|---|---|---|---|---|---|---|",
+        f"| arm |{f' {group} |' if group else ''} temperature | accepted length | tokens/s | speedup "
+        "| draft ms | verify ms | host ms | same text | note |",
+        "|---|" + ("---|" if group else "") + "---|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
-        name = f"| {r.arm} |" + (f" {_cell(r.category)} |" if first == "category" else "")
+        name = f"| {r.arm} |" + (f" {_cell(r.category)} |" if group else "")
         same = "" if r.identical is None else f"{r.identical:.0%}"
+        note = f"void: {r.void}" if r.void else ""
         out.append(
             f"{name} {r.temperature:g} | {r.accepted_length:.2f} ({r.accepted_length_ci[0]:.2f} to "
             f"{r.accepted_length_ci[1]:.2f}) | {r.tokens_per_second:.1f} | {r.speedup:.2f} ({r.speedup_ci[0]:.2f} to "
-            f"{r.speedup_ci[1]:.2f}) | {r.draft_ms:.1f} | {r.verify_ms:.1f} | {same} | {r.void or ''} |"
+            f"{r.speedup_ci[1]:.2f}) | {r.draft_ms:.1f} | {r.verify_ms:.1f} | {r.host_ms:.1f} | {same} | {note} |"
         )
+    return out
+
+
+def _limits(found: Sequence[Limits]) -> list[str]:
+    return [
+        "| arm | temperature | ceiling of the speedup | a constant rate gives | costs: draft + verify + host "
+        "| speedup if drafting were free | vocabulary cap | tree oracle |",
+        "|---|---|---|---|---|---|---|---|",
+        *[
+            f"| {one.arm} | {one.temperature:g} | {one.ceiling:.2f} | {_figure(one.constant_rate)} | "
+            f"{one.draft_cost:.2f} + {one.verify_cost:.2f} + {one.host_cost:.2f} | "
+            f"{one.speedup_if_drafting_were_free:.2f} | {_figure(one.vocabulary_cap)} | {_figure(one.tree_oracle)} |"
+            for one in found
+        ],
+    ]
+
+
+def _causes(counts: dict[str, dict[str, int]]) -> list[str]:
+    out = ["| arm | rejected |" + "".join(f" {cause} |" for cause in CAUSES), "|---|---|" + "---|" * len(CAUSES)]
+    for arm, found in counts.items():
+        total = sum(found.values())
+        shares = "".join(f" {found[cause] / max(1, total):.0%} |" for cause in CAUSES)
+        out.append(f"| {arm} | {total} |{shares}")
     return out
 
 
@@ -119,4 +190,8 @@ def _cell(text: str) -> str:
 
 
 def _list(values: Sequence[float | None]) -> str:
-    return " ".join("-" if value is None else f"{value:.2f}" for value in values)
+    return " ".join(map(_figure, values))
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"

@@ -1,37 +1,53 @@
 """Run a suite through plain decoding, prompt lookup and a head, interleaved, and summarise.
 
 One arm is one way to decode. Every prompt goes through all arms before the next prompt, so drift of the machine's
-speed hits all alike; all run through the same engine.
+speed hits all alike; all run through the same engine. `evaluate` gives the rows, `measure` also what explains them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
 from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
-from sstf.decode import SpeculativeDecoder
+from sstf.decode import CostModel, SpeculativeDecoder, measure_costs
+from sstf.decode.adaptive import tree_policies
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
+from sstf.evaluation.limits import ORACLE_POSITIONS, Limits, Shape, limits, tree_oracles
 from sstf.evaluation.metrics import (
+    ContextBin,
     Record,
     acceptance_rate,
     accepted_length,
-    bootstrap,
+    by_context,
+    histogram,
+    intervals,
+    length_bucket,
     repetition,
     survival,
     tokens_per_second,
 )
+from sstf.evaluation.rejections import Explainer, Pass, Rejections, WatchedDrafter, distributions, watch
 from sstf.evaluation.suites import Prompt, load_suite
 from sstf.methods import NgramConfig, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
 from sstf.trees import Chain
+from sstf.warping import warp
 
 BROKEN_BELOW = 1.05  # an accepted length this near 1 means a broken head or export, not a weak one
 REPETITIVE_ABOVE = 0.5
 ALL = "all"  # the category of the overall rows, and of prompts that name none
+WARM_UP = 8  # tokens that every arm decodes before the clock counts
 
 
 @dataclass(frozen=True)
@@ -51,40 +67,191 @@ class Row:
     speedup_ci: tuple[float, float]
     draft_ms: float  # a verify pass
     verify_ms: float  # a verify pass
+    host_ms: float  # a verify pass: neither drafting nor the target
     identical: float | None  # share of prompts with the plain row's tokens (greedy only; bf16 near-ties may differ)
     repetition: float
     void: str | None  # why the row must not be quoted
 
 
+@dataclass(frozen=True)
+class PromptFigures:
+    """One prompt in one arm at one temperature, all repeats added up: what two reports are compared by."""
+
+    arm: str
+    temperature: float
+    prompt: str
+    category: str
+    mode: str
+    prompt_tokens: int
+    tokens: int
+    passes: int
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """How many tokens passes emitted (1, 2, ...), and the mean by the length of the context."""
+
+    arm: str
+    temperature: float
+    histogram: list[int]
+    by_context: list[ContextBin]
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that was measured. `by_mode` and `by_length` are rows whose `category` is a mode or a bucket of prompt
+    lengths; empty where all prompts are of one kind. `costs` are seconds of passes by batch size."""
+
+    rows: list[Row]
+    by_mode: list[Row]
+    by_length: list[Row]
+    prompts: list[PromptFigures]
+    distributions: list[Distribution]
+    limits: list[Limits]
+    rejections: Rejections
+    costs: dict[int, CostModel]
+    seconds: dict[str, float] = field(default_factory=dict)  # of wall clock: decoding, analysis, costs
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is run: the prompts as token ids, and the arms."""
+
+    target: Target
+    config: EvalConfig
+    prompts: list[Prompt]
+    encoded: list[list[int]]
+    arms: dict[str, SpeculativeDecoder]
+    trained: bool  # whether the policies draft with a head that was trained
+    seed: int
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """What each arm drafts at most."""
+        known = {PLAIN: Shape(0, 0, True), NGRAM: Shape(self.config.ngram_depth, self.config.ngram_depth, True)}
+        for name, policy in self.config.policies.items():
+            trees = tree_policies(policy)
+            chain = all(isinstance(tree, Chain) and not tree.lookup for tree in trees)
+            known[name] = Shape(policy.depth, max(tree.total_tokens for tree in trees), chain)
+        return known
+
+
+Records = dict[str, list[Record]]  # of every arm, in the same order
+Watched = dict[str, list[list[Pass]]]  # of every arm of the head, by prompt
+
+
 def evaluate(
     target: Target, head: DraftHead | None, config: EvalConfig, progress: Progress, seed: int = 0
 ) -> list[Row]:
-    """Measure; `head=None` measures the free baselines alone.
+    """Rows overall and by category; `head=None` measures the free baselines alone.
 
     Raises:
         DataError: the suite cannot be used, or its prompts do not fit the target's context.
     """
-    prompts = load_suite(config.suite, config.prompts)
-    encoded = [render_prompt(target.tokenizer, prompt.messages) for prompt in prompts]
+    setting = _prepare(target, head, config, seed)
+    rows = []
+    for temperature, records, _ in _decode(setting, progress):
+        rows += _rows(setting, records, temperature, lambda prompt, _: prompt.category)
+    return rows
+
+
+def measure(
+    target: Target, head: DraftHead | None, config: EvalConfig, progress: Progress, seed: int = 0
+) -> Evaluation:
+    """`evaluate`, with limits, distributions, rejections and the costs of passes.
+
+    Raises:
+        DataError: as `evaluate`.
+    """
+    setting = _prepare(target, head, config, seed)
+    rows: list[Row] = []
+    by_mode: list[Row] = []
+    by_length: list[Row] = []
+    figures: list[PromptFigures] = []
+    shapes: list[Distribution] = []
+    bounds: list[Limits] = []
+    drafts = _draft_vocabulary(head)
+    explainer = Explainer(target, drafts)
+    decoding = analysis = 0.0
+    started = time.perf_counter()
+    hosts: dict[str, float] = {}  # seconds a pass
+    for temperature, records, watched in _decode(setting, progress):
+        decoding += time.perf_counter() - started
+        started = time.perf_counter()
+        rows += _rows(setting, records, temperature, lambda prompt, _: prompt.category)
+        if len({prompt.mode for prompt in setting.prompts}) > 1:
+            by_mode += _rows(setting, records, temperature, lambda prompt, _: prompt.mode or "default")
+        if len({length_bucket(len(ids)) for ids in setting.encoded}) > 1:
+            by_length += _rows(setting, records, temperature, lambda _, ids: length_bucket(len(ids)))
+        figures += _prompt_figures(records, temperature)
+        shapes += [
+            Distribution(arm, temperature, histogram(made), by_context(made))
+            for arm, made in records.items()
+            if arm != PLAIN
+        ]
+        cap = _explain(setting, records, watched, temperature, explainer, drafts)
+        bounds += _limits(setting, records, temperature, cap)
+        for arm, made in records.items():
+            passes = sum(len(r.accepted_lengths) for r in made)
+            hosts.setdefault(arm, sum(r.host_s for r in made) / max(1, passes))
+        analysis += time.perf_counter() - started
+        started = time.perf_counter()
+    costs = _costs(setting, hosts)
+    seconds = {"decoding": decoding, "analysis": analysis, "costs": time.perf_counter() - started}
+    return Evaluation(rows, by_mode, by_length, figures, shapes, bounds, explainer.rejections(), costs, seconds)
+
+
+# ---- decoding --------------------------------------------------------------------------------------------------------
+
+
+def _prepare(target: Target, head: DraftHead | None, config: EvalConfig, seed: int) -> Setting:
+    prompts = load_suite(config.suite, config.prompts, config.categories)
+    encoded = [render_prompt(target.tokenizer, prompt.messages, mode=prompt.mode) for prompt in prompts]
     longest = max(len(ids) for ids in encoded) + config.max_new_tokens
     if longest > target.spec.max_position_embeddings:
         raise DataError(
             f"suite {config.suite}: a prompt and max_new_tokens need {longest} tokens, the target's context has "
             f"{target.spec.max_position_embeddings}; lower eval.max_new_tokens"
         )
-    arms = _arms(target, head, config)
-    depths = {PLAIN: 0, NGRAM: config.ngram_depth} | {name: policy.depth for name, policy in config.policies.items()}
-    for decoder in arms.values():  # warm-up: first calls allocate and pick kernels
-        decoder.generate(encoded[0], 8)
-    rows: list[Row] = []
-    with progress.start("evaluation", len(config.temperatures) * config.repeats * len(prompts), "prompts") as bar:
+    ngram = DraftHead(NGRAM, build_method(NgramConfig()))
+    arms = {
+        PLAIN: SpeculativeDecoder(target, None),
+        NGRAM: SpeculativeDecoder(target, ngram, Chain(depth=config.ngram_depth)),
+    }
+    if head is not None:
+        arms |= {name: SpeculativeDecoder(target, head, policy) for name, policy in config.policies.items()}
+    trained = head is not None and head.module is not None
+    return Setting(target, config, prompts, encoded, arms, trained, seed)
+
+
+def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Records, Watched]]:
+    """One temperature after the other. The passes of the first repeat of greedy decoding are watched."""
+    config, arms = setting.config, setting.arms
+    watching = {}
+    for name, decoder in arms.items():
+        decoder.generate(setting.encoded[0], WARM_UP)  # first calls allocate and pick kernels
+        if decoder.drafter and name != NGRAM:
+            decoder.drafter = watching[name] = WatchedDrafter(decoder.drafter)
+    total = len(config.temperatures) * config.repeats * len(setting.prompts)
+    with progress.start("evaluation", total, "prompts") as bar:
         for temperature in config.temperatures:
-            records: dict[str, list[Record]] = {name: [] for name in arms}
+            records: Records = {name: [] for name in arms}
+            watched: Watched = {name: [] for name in watching} if temperature == 0 else {}
             for repeat in range(config.repeats):
-                for index, (prompt, ids) in enumerate(zip(prompts, encoded, strict=True)):
+                for index, (prompt, ids) in enumerate(zip(setting.prompts, setting.encoded, strict=True)):
                     for name, decoder in arms.items():
+                        on_step = None
+                        if name in watched and repeat == 0:
+                            watched[name].append([])
+                            on_step = partial(watch, watching[name], watched[name][-1])
                         made = decoder.generate(
-                            ids, config.max_new_tokens, temperature, config.top_p, seed=seed + repeat * 7919 + index
+                            ids,
+                            config.max_new_tokens,
+                            temperature,
+                            config.top_p,
+                            seed=setting.seed + repeat * 7919 + index,
+                            on_step=on_step,
                         )
                         t = made.timings
                         records[name].append(
@@ -96,40 +263,38 @@ def evaluate(
                                 t.decode,
                                 t.draft,
                                 t.verify,
+                                prompt.mode or "default",
+                                len(ids),
                             )
                         )
                     bar.advance(1)
-            rows += _summarise(
-                records, prompts, temperature, depths, trained=head is not None and head.module is not None
-            )
-    return rows
+            yield temperature, records, watched
 
 
-def _arms(target: Target, head: DraftHead | None, config: EvalConfig) -> dict[str, SpeculativeDecoder]:
-    ngram = DraftHead(NGRAM, build_method(NgramConfig()))
-    arms = {
-        PLAIN: SpeculativeDecoder(target, None),
-        NGRAM: SpeculativeDecoder(target, ngram, Chain(depth=config.ngram_depth)),
-    }
-    if head is not None:
-        arms |= {name: SpeculativeDecoder(target, head, policy) for name, policy in config.policies.items()}
-    return arms
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+
+def _rows(
+    setting: Setting, records: Records, temperature: float, group: Callable[[Prompt, list[int]], str]
+) -> list[Row]:
+    """Of every arm, over all prompts (category `all`) and over each group of them."""
+    groups = [group(prompt, ids) for prompt, ids in zip(setting.prompts, setting.encoded, strict=True)]
+    shapes = setting.shapes
+    return _summarise(
+        records, groups, temperature, {arm: shapes[arm].depth for arm in records}, trained=setting.trained
+    )
 
 
 def _summarise(
-    records: dict[str, list[Record]],
-    prompts: Sequence[Prompt],
-    temperature: float,
-    depths: dict[str, int],
-    trained: bool,
+    records: Records, groups: Sequence[str], temperature: float, depths: dict[str, int], trained: bool
 ) -> list[Row]:
+    """`groups` has one name a prompt; the records go through them once a repeat."""
     rows = []
-    categories = dict.fromkeys([ALL, *(prompt.category for prompt in prompts)])
     for arm, made in records.items():
-        for category in categories:
-            picked = [i for i, r in enumerate(made) if category in (ALL, r.category)]
+        for name in dict.fromkeys([ALL, *groups]):
+            picked = [i for i in range(len(made)) if name in (ALL, groups[i % len(groups)])]
             plain = [records[PLAIN][i] for i in picked]
-            row = _row(arm, temperature, category, [made[i] for i in picked], plain, depths[arm])
+            row = _row(arm, temperature, name, [made[i] for i in picked], plain, depths[arm])
             why = None if arm == PLAIN else _void(row, has_head=trained and arm != NGRAM)
             rows.append(replace(row, void=why))
     return rows
@@ -137,20 +302,18 @@ def _summarise(
 
 def _row(arm: str, temperature: float, category: str, made: list[Record], plain: list[Record], depth: int) -> Row:
     names = list(dict.fromkeys(r.prompt for r in made))
-    by_prompt = [[i for i, r in enumerate(made) if r.prompt == name] for name in names]
-
-    def pick(records: list[Record], drawn: Sequence[int]) -> list[Record]:
-        return [records[i] for prompt in drawn for i in by_prompt[prompt]]
-
-    def speedup(drawn: Sequence[int]) -> float:
-        base = tokens_per_second(pick(plain, drawn))
-        return tokens_per_second(pick(made, drawn)) / base if base else 0.0
-
+    place = {name: i for i, name in enumerate(names)}
+    sums = np.zeros(
+        (len(names), 5)
+    )  # of each prompt: tokens, passes, seconds, and tokens and seconds of plain decoding
+    for own, base in zip(made, plain, strict=True):
+        passes = len(own.accepted_lengths)
+        sums[place[own.prompt]] += (own.decoded, passes, own.decode_s, base.decoded, base.decode_s)
     tau = accepted_length(made)
     passes = max(1, sum(len(r.accepted_lengths) for r in made))
     # Lookup branches may reach deeper than the policy.
     survived = survival(made, max([depth, *(length - 1 for r in made for length in r.accepted_lengths)]))
-    ratio = speedup(range(len(names)))
+    base_rate = tokens_per_second(plain)
     loops = sum(repetition(r.token_ids) for r in made) / len(made)
     same = sum(a.token_ids == b.token_ids for a, b in zip(made, plain, strict=True)) / len(made)
     return Row(
@@ -159,18 +322,27 @@ def _row(arm: str, temperature: float, category: str, made: list[Record], plain:
         category=category,
         prompts=len(names),
         accepted_length=tau,
-        accepted_length_ci=bootstrap(lambda drawn: accepted_length(pick(made, drawn)), len(names)),
+        accepted_length_ci=intervals(sums, lambda total: _divide(total[:, 0], total[:, 1])),
         survival=survived,
         acceptance_rate=acceptance_rate(survived),
         tokens_per_second=tokens_per_second(made),
-        speedup=ratio,
-        speedup_ci=bootstrap(speedup, len(names)),
+        speedup=tokens_per_second(made) / base_rate if base_rate else 0.0,
+        speedup_ci=intervals(
+            sums, lambda total: _divide(_divide(total[:, 0], total[:, 2]), _divide(total[:, 3], total[:, 4]))
+        ),
         draft_ms=1e3 * sum(r.draft_s for r in made) / passes,
         verify_ms=1e3 * sum(r.verify_s for r in made) / passes,
+        host_ms=1e3 * sum(r.host_s for r in made) / passes,
         identical=same if temperature == 0 else None,
         repetition=loops,
         void=None,
     )
+
+
+def _divide(part: NDArray[np.float64], whole: NDArray[np.float64]) -> NDArray[np.float64]:
+    """0 where there is nothing to divide by."""
+    quotient: NDArray[np.float64] = np.divide(part, whole, out=np.zeros_like(part), where=whole != 0)
+    return quotient
 
 
 def _void(row: Row, has_head: bool) -> str | None:
@@ -186,6 +358,88 @@ def _void(row: Row, has_head: bool) -> str | None:
     return None
 
 
-def rows_to_json(rows: Sequence[Row]) -> list[dict[str, object]]:
-    """For the report."""
-    return [asdict(row) for row in rows]
+def _prompt_figures(records: Records, temperature: float) -> list[PromptFigures]:
+    figures = []
+    for arm, made in records.items():
+        for name in dict.fromkeys(r.prompt for r in made):
+            own = [r for r in made if r.prompt == name]
+            figures.append(
+                PromptFigures(
+                    arm,
+                    temperature,
+                    name,
+                    own[0].category,
+                    own[0].mode,
+                    own[0].prompt_tokens,
+                    sum(r.decoded for r in own),
+                    sum(len(r.accepted_lengths) for r in own),
+                    sum(r.decode_s for r in own),
+                )
+            )
+    return figures
+
+
+# ---- what explains them ----------------------------------------------------------------------------------------------
+
+
+def _draft_vocabulary(head: DraftHead | None) -> Tensor | None:
+    """[vocab] bool, the tokens that the head can propose; None where that is all of them."""
+    if head is None or head.module is None:
+        return None
+    return dict(head.module.named_buffers()).get("t2d")  # EAGLE's name, which heads with such a vocabulary keep
+
+
+@torch.inference_mode()
+def _explain(
+    setting: Setting,
+    records: Records,
+    watched: Watched,
+    temperature: float,
+    explainer: Explainer,
+    drafts: Tensor | None,
+) -> float | None:
+    """Explain the rejections of the first repeat; the share of the target's mass that the draft vocabulary holds."""
+    inside, count = 0.0, 0
+    for index, (prompt, ids) in enumerate(zip(setting.prompts, setting.encoded, strict=True)):
+        plain = tuple(records[PLAIN][index].token_ids)
+        texts: dict[tuple[int, ...], list[str]] = {plain: []} if drafts is not None else {}
+        for arm in watched:
+            texts.setdefault(tuple(records[arm][index].token_ids), []).append(arm)
+        for text, arms in texts.items():  # mostly one: greedy arms say the same
+            for first, rows in distributions(setting.target, ids, text):
+                if drafts is not None and text == plain:
+                    probs = warp(rows, temperature, setting.config.top_p)
+                    inside += float(probs[:, drafts].sum())
+                    count += len(rows)
+                for arm in arms:
+                    explainer.add(arm, prompt.id, prompt.category, ids, watched[arm][index], first, rows)
+    return inside / count if count else None
+
+
+def _limits(setting: Setting, records: Records, temperature: float, cap: float | None) -> list[Limits]:
+    shapes = {arm: setting.shapes[arm] for arm in records if arm not in (PLAIN, NGRAM)}
+    oracles = None
+    if temperature > 0 and shapes:
+        contexts = []
+        for index, ids in enumerate(setting.encoded[:ORACLE_POSITIONS]):
+            text = records[PLAIN][index].token_ids
+            contexts.append([*ids, *text[: 1 + len(text) // 2]])  # from the middle of the text
+        oracles = tree_oracles(setting.target, contexts, list(shapes.values()), temperature, setting.config.top_p)
+    found = []
+    for number, (arm, shape) in enumerate(shapes.items()):
+        oracle = oracles[number] if oracles else None
+        one = limits(arm, temperature, records[arm], records[PLAIN], shape, cap, oracle)
+        found += [one] if one else []
+    return found
+
+
+def _costs(setting: Setting, hosts: dict[str, float]) -> dict[int, CostModel]:
+    """Passes of the first policy's arm at the configured batch sizes, host work as it was while decoding."""
+    arm = next(iter(setting.config.policies))
+    if arm not in setting.arms:
+        return {}
+    decoder, costs = setting.arms[arm], {}
+    for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
+        found = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1)
+        costs[batch] = CostModel(found.verify_s, found.draft_s, max(0.0, hosts[arm]), max(0.0, hosts[PLAIN]))
+    return costs

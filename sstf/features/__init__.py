@@ -1,19 +1,36 @@
 """Hidden-state data sets: what to extract, how it is stored, how it is aligned for training."""
 
-from sstf.features.dataset import collate, epoch_batches, shift_left, split, to_device
-from sstf.features.extract import ExtractConfig, extract
-from sstf.features.spec import FeatureSpec
-from sstf.features.store import Features, FeatureStore
+from sstf.features.dataset import collate, epoch_batches, rows_ahead, split, to_device
+from sstf.features.extract import WHOLE, ExtractConfig, Part, extract, own_target
+from sstf.features.online import OnlineFeatures
+from sstf.features.record import Features
+from sstf.features.source import FeatureSource, prefetched
+from sstf.features.spec import FeatureSpec, HiddenSignal, TeacherSignal, TopKSignal
+from sstf.features.store import FeatureStore, Origin
+from sstf.features.verify import Fault, VerifyReport, verify
 
 __all__ = [
+    "WHOLE",
     "ExtractConfig",
+    "Fault",
+    "FeatureSource",
     "FeatureSpec",
     "FeatureStore",
     "Features",
+    "HiddenSignal",
+    "OnlineFeatures",
+    "Origin",
+    "Part",
+    "TeacherSignal",
+    "TopKSignal",
+    "VerifyReport",
     "collate",
     "epoch_batches",
     "extract",
-    "shift_left",
+    "own_target",
+    "prefetched",
+    "rows_ahead",
     "split",
     "to_device",
+    "verify",
 ]

@@ -6,24 +6,35 @@
     out_t = r + mlp(post_attention_layernorm(r))             fed back as g in place of unseen target features
     draft logits = lm_head(norm(out_t))                      over the draft vocabulary
 
+Published heads vary it: `norm_before_residual` adds a to hidden_norm(g_t) in place of g_t; `norm_before_fc` norms what
+fc reads as a whole and `fc_norm` each layer's part of it; `norm_output` feeds norm(out_t) back. The last two are
+EAGLE-3.1. Names are those of vLLM's and speculators' configurations.
+
 Module names are those of EAGLE's published checkpoints, so a state dict is the export.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sstf.heads.ttt_attention import ttt_attention
+from sstf.heads.by_hand import Rms
+from sstf.heads.rope import rope_frequencies
+from sstf.heads.ttt_attention import Seen, ttt_attention_reference
+from sstf.heads.unroll import UnrollPlan, UnrollStates, UnrollWeights, unroll, unroll_states
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class EagleShape:
-    """Sizes of an EAGLE-3 head."""
+    """Sizes of an EAGLE-3 head, and which variant it is; see the module docstring."""
 
     hidden_size: int
     taps: int  # size of the concatenated target features
@@ -36,15 +47,22 @@ class EagleShape:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    rope_scaling: Mapping[str, Any] | None = None  # see `TargetSpec.rope_scaling`
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
 
 
 class RmsNorm(nn.RMSNorm):
-    """RMSNorm whose weight follows its input's dtype: under autocast the master weight is float32, the input is not."""
+    """RMSNorm in the dtype of its input, which under autocast is not that of the master weight; backward keeps its
+    input alone."""
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., hidden] -> [..., hidden], in the dtype of `x`."""
         assert self.weight is not None
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+        out: Tensor = Rms.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        return out
 
 
 class EagleAttention(nn.Module):
@@ -60,17 +78,17 @@ class EagleAttention(nn.Module):
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query and key, and value: [batch, heads or kv_heads, seq, head_dim]."""
+        """Rotated query and key, and value: [row, heads or kv_heads, head_dim] of x [row, 2 * hidden]."""
 
         def heads(rows: Tensor) -> Tensor:
-            return torch.unflatten(rows, -1, (-1, self.shape.head_dim)).transpose(1, 2)
+            return torch.unflatten(rows, -1, (-1, self.shape.head_dim))
 
         query, key = (rotate(heads(proj(x)), cos, sin) for proj in (self.q_proj, self.k_proj))
         return query, key, heads(self.v_proj(x))
 
     def merge(self, attended: Tensor) -> Tensor:
-        """[batch, heads, seq, head_dim] -> [batch, seq, hidden]."""
-        out: Tensor = self.o_proj(attended.transpose(1, 2).flatten(2))
+        """[row, heads, head_dim] -> [row, hidden]."""
+        out: Tensor = self.o_proj(attended.flatten(1))
         return out
 
 
@@ -95,6 +113,7 @@ class EagleLayer(nn.Module):
     def __init__(self, shape: EagleShape) -> None:
         super().__init__()
         eps = shape.rms_norm_eps
+        self.norm_before_residual = shape.norm_before_residual
         self.input_layernorm = RmsNorm(shape.hidden_size, eps)
         self.hidden_norm = RmsNorm(shape.hidden_size, eps)
         self.self_attn = EagleAttention(shape)
@@ -106,8 +125,8 @@ class EagleLayer(nn.Module):
         return self.self_attn.project(torch.cat([self.input_layernorm(embeds), self.hidden_norm(g)], -1), cos, sin)
 
     def finish(self, g: Tensor, attended: Tensor) -> Tensor:
-        """Residuals and MLP behind the attention. The residual is the un-normed g."""
-        r = g + self.self_attn.merge(attended)
+        """Residuals and MLP behind the attention."""
+        r = (self.hidden_norm(g) if self.norm_before_residual else g) + self.self_attn.merge(attended)
         out: Tensor = r + self.mlp(self.post_attention_layernorm(r))
         return out
 
@@ -127,6 +146,14 @@ class Eagle3Head(nn.Module):
         """
         super().__init__()
         self.shape = shape
+        self.frequencies, self.rope_scale = rope_frequencies(
+            shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings
+        )
+        if shape.norm_before_fc:
+            self.input_norm = RmsNorm(shape.taps, shape.rms_norm_eps)
+        if shape.fc_norm:
+            layers = shape.taps // shape.hidden_size
+            self.fc_norm = nn.ModuleList(RmsNorm(shape.hidden_size, shape.rms_norm_eps) for _ in range(layers))
         self.fc = nn.Linear(shape.taps, shape.hidden_size, bias=False)
         self.midlayer = EagleLayer(shape)
         self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
@@ -145,42 +172,108 @@ class Eagle3Head(nn.Module):
         """Target ids of the draft vocabulary."""
         return self.d2t + torch.arange(len(self.d2t), device=self.d2t.device)
 
-    def embed(self, tokens: Int[Tensor, "batch seq"]) -> Float[Tensor, "batch seq hidden"]:
+    def embed(self, tokens: Int[Tensor, "*rows"]) -> Float[Tensor, "*rows hidden"]:
         """The target's embeddings, in the dtype of the head."""
         return F.embedding(tokens, self.embeddings).to(self.fc.weight.dtype)
 
-    def rope(self, positions: Int[Tensor, "batch seq"]) -> tuple[Tensor, Tensor]:
-        """Cosine and sine [batch, 1, seq, head_dim], float32."""
-        # Made anew, not a buffer: `head.to(bfloat16)` would round it, and late positions would turn by whole radians.
-        dim = self.shape.head_dim
-        frequencies = self.shape.rope_theta ** -(torch.arange(0, dim, 2, device=positions.device).float() / dim)
-        angles = positions[:, None, :, None].float() * frequencies
-        angles = torch.cat([angles, angles], -1)
-        return angles.cos(), angles.sin()
+    def rope(self, positions: Int[Tensor, "*rows"]) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [*rows, 1, head_dim / 2], float32."""
+        # No buffer: `head.to(bfloat16)` would round the frequencies, and late positions would turn by whole radians.
+        angles = positions[..., None, None].float() * self.frequencies.to(positions.device)
+        cos, sin = angles.cos(), angles.sin()
+        return (cos, sin) if self.rope_scale == 1 else (cos * self.rope_scale, sin * self.rope_scale)
+
+    def fuse(self, features: Float[Tensor, "*rows taps"]) -> Float[Tensor, "*rows hidden"]:
+        """g of positions whose features the target computed, in the dtype of the head."""
+        x = features.to(self.fc.weight.dtype)
+        if self.shape.norm_before_fc:
+            x = self.input_norm(x)
+        if self.shape.fc_norm:
+            parts = x.split(self.shape.hidden_size, -1)
+            x = torch.cat([norm(part) for norm, part in zip(self.fc_norm, parts, strict=True)], -1)
+        out: Tensor = self.fc(x)
+        return out
+
+    def fed_back(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """What stands in for g where the target has not been."""
+        return self.norm(out) if self.shape.norm_output else out
 
     def unroll(
-        self, g: Float[Tensor, "batch seq hidden"], tokens: list[Tensor]
-    ) -> list[Float[Tensor, "batch seq hidden"]]:
-        """Test-time training: step i reads `tokens[i]` at position t + i and the previous step's output.
+        self,
+        g: Float[Tensor, "seq hidden"],
+        tokens: Int[Tensor, "seq"],
+        lengths: Sequence[int],
+        reads: Int[Tensor, "steps row"],
+    ) -> Float[Tensor, "steps row hidden"]:
+        """Test-time training over packed documents: step i at row t reads token x_{t+1+i} at position t + i and the
+        previous step's output. Attention and positions are each document's own.
 
         Args:
             g: fused target features, step 0's input.
-            tokens: [batch, seq] for each step, x_{t+1+i}.
+            tokens: x_{t+1}.
+            lengths: rows of each document, see `FeatureBatch`.
+            reads: `reads[0]`, ascending, are the rows that are learned from; the head computes no others (but for
+                step 0's keys and values). `reads[i]` are the rows whose tokens they read at step i, see `rows_ahead`.
 
         Returns:
-            `out` of each step, before the final norm.
+            `out` of each step, before the final norm. Its graph can be walked once.
         """
-        keys: list[Tensor] = []
-        values: list[Tensor] = []
-        outs: list[Tensor] = []
-        start = torch.arange(g.shape[1], device=g.device)[None]
-        for step, step_tokens in enumerate(tokens):
-            query, key, value = self.midlayer.qkv(self.embed(step_tokens), g, *self.rope(start + step))
-            keys.append(key)
-            values.append(value)
-            g = self.midlayer.finish(g, ttt_attention(query, keys, values))
-            outs.append(g)
-        return outs
+        return self._unrolled(unroll, g, tokens, lengths, reads)
+
+    def unroll_states(self, g: Tensor, tokens: Tensor, lengths: Sequence[int], reads: Tensor) -> UnrollStates:
+        """`unroll`, with what stands between attention and MLP; without a graph."""
+        return self._unrolled(unroll_states, g, tokens, lengths, reads)
+
+    def _unrolled(
+        self,
+        run: Callable[[Tensor, Tensor, UnrollWeights, UnrollPlan], T],
+        g: Tensor,
+        tokens: Tensor,
+        lengths: Sequence[int],
+        reads: Tensor,
+    ) -> T:
+        layer, hidden = self.midlayer, self.shape.hidden_size
+        attention, mlp = layer.self_attn, layer.mlp
+        qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+        of_token, of_state = qkv.split(hidden, 1)
+        weights = UnrollWeights(
+            hidden_norm=layer.hidden_norm.weight,
+            qkv=of_state,
+            o=attention.o_proj.weight,
+            post_norm=layer.post_attention_layernorm.weight,
+            gate_up=torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]),
+            down=mlp.down_proj.weight,
+            out_norm=self.norm.weight,
+        )
+        from_tokens = F.linear(layer.input_layernorm(self.embed(tokens).to(g.dtype)), of_token)
+        position = positions_of(lengths, g.device)
+        turns = [self.rope(position), *(self.rope(position[reads[0]] + step) for step in range(1, len(reads)))]
+        shape = self.shape
+        plan = UnrollPlan(
+            reads, tuple(lengths), turns, shape.num_heads, shape.num_kv_heads, shape.rms_norm_eps,
+            shape.norm_before_residual, shape.norm_output,
+        )  # fmt: skip
+        return run(g, from_tokens, weights, plan)
+
+    def unroll_reference(self, g: Tensor, tokens: Tensor, lengths: Sequence[int], reads: Tensor) -> Tensor:
+        """`unroll` by its definition, differentiated by autograd; memory grows with the square of `seq`."""
+        rows = reads[0]
+        position = positions_of(lengths, g.device)
+        query, key, value = self.midlayer.qkv(self.embed(tokens), g, *self.rope(position))
+        query, g = query[rows], g[rows]
+        later: list[tuple[Tensor, Tensor]] = []  # key and value of steps 1, 2, ..
+        outs = []
+        for step in range(len(reads)):
+            if step:
+                turn = self.rope(position[rows] + step)
+                query, *key_value = self.midlayer.qkv(self.embed(tokens[reads[step]]), g, *turn)
+                later.append((key_value[0], key_value[1]))
+            none = key.new_empty(len(rows), key.shape[1], 0, key.shape[2])
+            later_keys, later_values = [torch.stack(part, 2) for part in zip(*later, strict=True)] or [none, none]
+            seen = Seen(key, value, later_keys, later_values)
+            outs.append(self.midlayer.finish(g, ttt_attention_reference(query, seen, rows, lengths)))
+            g = self.fed_back(outs[-1])
+        return torch.stack(outs)
 
     def logits(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows draft_vocab"]:
         """Draft logits of layer outputs."""
@@ -188,7 +281,18 @@ class Eagle3Head(nn.Module):
         return logits
 
 
+def positions_of(lengths: Sequence[int], device: torch.device) -> Int[Tensor, "seq"]:
+    """Of each row in its own document."""
+    return torch.cat([torch.arange(length, device=device) for length in lengths])
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions in Llama's half-split layout, computed in float32. x: [batch, heads, seq, head_dim]."""
+    """Rotary positions in Llama's half-split layout, computed in float32.
+
+    Args:
+        x: [*rows, heads, head_dim].
+        cos: [*rows, 1, head_dim / 2], see `Eagle3Head.rope`; `sin` too.
+        sin: see `cos`.
+    """
     low, high = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-high, low], -1) * sin).to(x.dtype)
+    return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)

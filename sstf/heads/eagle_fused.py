@@ -11,7 +11,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sstf.heads.eagle import Eagle3Head
+from sstf.heads.eagle import Eagle3Head, rotate
 from sstf.targets import PreallocatedCache
 
 
@@ -33,14 +33,15 @@ class FusedEagle:
     def make_rope(self, capacity: int) -> None:
         """Rotary tables for positions below `capacity`."""
         positions = torch.arange(capacity, device=self.qkv.device)
-        cos, sin = self.head.rope(positions[None])
-        half = cos.shape[-1] // 2
-        self.cos, self.sin = cos[0, 0, :, None, :half], sin[0, 0, :, None, :half]  # [position, 1, half]
+        self.cos, self.sin = self.head.rope(positions)
 
     def fuse(self, features: Float[Tensor, "batch seq taps"]) -> Float[Tensor, "batch seq hidden"]:
-        """g of positions whose features the target computed."""
-        weight = self.head.fc.weight
-        return F.linear(features.to(weight.dtype), weight)
+        """See `Eagle3Head.fuse`."""
+        return self.head.fuse(features)
+
+    def fed_back(self, out: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
+        """See `Eagle3Head.fed_back`."""
+        return self._norm(out, self.norms[3]) if self.head.shape.norm_output else out
 
     def __call__(
         self,
@@ -51,19 +52,28 @@ class FusedEagle:
         cache: PreallocatedCache,
     ) -> Float[Tensor, "batch seq hidden"]:
         """The layer's output; keys and values go where `cache` was told to put them."""
+        return self.finish(self.attend(g, tokens, positions, mask, cache))
+
+    def attend(self, g: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: PreallocatedCache) -> Tensor:
+        """The first half: the residual and what attention adds to it, which is what the MLP reads and adds to."""
         head, shape = self.head, self.head.shape
-        in_norm, hidden_norm, post_norm, _ = self.norms
+        in_norm, hidden_norm, *_ = self.norms
         query_key = shape.num_heads + shape.num_kv_heads
-        x = torch.cat([self._norm(head.embed(tokens), in_norm), self._norm(g, hidden_norm)], -1)
+        normed = self._norm(g, hidden_norm)
+        x = torch.cat([self._norm(head.embed(tokens), in_norm), normed], -1)
         qkv = torch.unflatten(F.linear(x, self.qkv), -1, (-1, shape.head_dim))  # [batch, seq, all heads, dim]
-        turned = self._rotate(qkv[:, :, :query_key], positions).transpose(1, 2)
+        turned = rotate(qkv[:, :, :query_key], self.cos[positions], self.sin[positions]).transpose(1, 2)
         keys, values = cache.update(turned[:, shape.num_heads :], qkv[:, :, query_key:].transpose(1, 2), 0)
         attended = F.scaled_dot_product_attention(
             turned[:, : shape.num_heads], keys, values, attn_mask=mask[:, None], enable_gqa=True
         )
-        r = g + F.linear(attended.transpose(1, 2).flatten(2), head.midlayer.self_attn.o_proj.weight)
-        gate, up = F.linear(self._norm(r, post_norm), self.gate_up).chunk(2, -1)
-        return r + F.linear(F.silu(gate) * up, head.midlayer.mlp.down_proj.weight)
+        residual = normed if shape.norm_before_residual else g
+        return residual + F.linear(attended.transpose(1, 2).flatten(2), head.midlayer.self_attn.o_proj.weight)
+
+    def finish(self, r: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
+        """The second half: the MLP and its residual."""
+        gate, up = F.linear(self._norm(r, self.norms[2]), self.gate_up).chunk(2, -1)
+        return r + F.linear(F.silu(gate) * up, self.head.midlayer.mlp.down_proj.weight)
 
     def logits(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows draft_vocab"]:
         """Draft logits of layer outputs."""
@@ -71,8 +81,3 @@ class FusedEagle:
 
     def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x, weight.shape, weight, self.head.shape.rms_norm_eps)
-
-    def _rotate(self, x: Tensor, positions: Tensor) -> Tensor:
-        cos, sin = self.cos[positions], self.sin[positions]
-        low, high = x.float().chunk(2, -1)
-        return torch.cat([low * cos - high * sin, high * cos + low * sin], -1).to(x.dtype)

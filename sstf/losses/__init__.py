@@ -1,6 +1,25 @@
-"""Per-token objectives and their fused forms; torch alone."""
+"""Per-token objectives and their fused form; torch alone."""
 
 from sstf.losses.acceptance import accepted_drafts
-from sstf.losses.distill import Distilled, Teacher, distill, fused_distill, teacher
+from sstf.losses.eager import Distilled, distill
+from sstf.losses.fused import CHUNK, fused_distill
+from sstf.losses.objectives import CrossEntropy, Kl, LkAlpha, LkHybrid, Objective, TotalVariation
+from sstf.losses.teachers import Teacher, Teachers, teacher, top_k_teacher
 
-__all__ = ["Distilled", "Teacher", "accepted_drafts", "distill", "fused_distill", "teacher"]
+__all__ = [
+    "CHUNK",
+    "CrossEntropy",
+    "Distilled",
+    "Kl",
+    "LkAlpha",
+    "LkHybrid",
+    "Objective",
+    "Teacher",
+    "Teachers",
+    "TotalVariation",
+    "accepted_drafts",
+    "distill",
+    "fused_distill",
+    "teacher",
+    "top_k_teacher",
+]

@@ -69,11 +69,21 @@ class DraftMethod(Protocol):
 
 @runtime_checkable
 class TrainableMethod(DraftMethod, Protocol):
-    """A method with a head to train."""
+    """A method with a head to train.
+
+    `loss_rows` is how many rows of draft logits the loss may hold at once, of all steps together; the trainer lowers it
+    where memory is short.
+    """
+
+    loss_rows: int
 
     @property
     def draft_vocab_size(self) -> int:
         """Tokens that the head can propose."""
+
+    @property
+    def unrolls(self) -> int:
+        """Forward passes of the head that one loss keeps for its backward pass; memory is planned by it."""
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Int[Tensor, "draft_vocab"]) -> nn.Module:
         """A new head, initialised under torch's current seed."""

@@ -25,6 +25,7 @@ from sstf.methods.base import DraftMethod, TrainableMethod
 from sstf.targets import FrozenHead, Target, TargetSpec
 
 FORMAT = 1
+ROUNDING = 2.0**-7  # of a value that was stored in bfloat16, and half as much again
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,17 @@ def save_head(folder: Path, config: Any, module: nn.Module, target: TargetSpec, 
 
 @dataclass(frozen=True)
 class StoredHead:
-    """A head as it lies on disk, not yet bound to a target."""
+    """A head as it lies on disk, not yet bound to a target.
+
+    `embeddings` are those that a published checkpoint came with; heads use the target's.
+    """
 
     config: Any
     tensors: dict[str, Tensor]
     layers: tuple[int, ...]
     target: TargetSpec
     run: dict[str, Any]
+    embeddings: Tensor | None = None
 
 
 def read_head(folder: str | Path) -> StoredHead:
@@ -109,8 +114,9 @@ def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
     """The module with the stored tensors, float32, over the frozen parts of its target.
 
     Raises:
-        HeadError: the tensors do not fit the method.
+        HeadError: the tensors do not fit the method, or they came with other embeddings than the target's.
     """
+    check_embeddings(stored, frozen)
     method = build_method(stored.config)
     if not isinstance(method, TrainableMethod):
         raise HeadError(f"method {stored.config.kind} has no head to load")
@@ -129,23 +135,54 @@ def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
     return module
 
 
+def check_embeddings(stored: StoredHead, frozen: FrozenHead) -> None:
+    """Whether the embeddings that a head came with are the target's, but for rounding.
+
+    Raises:
+        HeadError: they are not.
+    """
+    if stored.embeddings is None:
+        return
+    theirs, ours = stored.embeddings, frozen.embeddings
+    if theirs.shape != ours.shape:
+        raise HeadError(f"the head's embeddings are {list(theirs.shape)}, the target's {list(ours.shape)}")
+    other = sum(
+        int(((a.float() - b.float().cpu()).abs() > ROUNDING * b.float().cpu().abs() + 1e-6).any(-1).sum())
+        for a, b in zip(theirs.split(8192), ours.split(8192), strict=True)
+    )
+    if other:
+        raise HeadError(
+            f"the head came with embeddings of its own: {other:,} of {len(ours):,} tokens have others than in target "
+            f"{stored.target.name}; heads here use the target's, so name the target that it was trained for, or train "
+            "it further elsewhere without embeddings of its own"
+        )
+
+
 def load_head(path: str | Path, target: Target) -> DraftHead:
-    """Load a head for decoding with `target`.
+    """Load a head of ours for decoding with `target`.
 
     Raises:
         HeadError: no head there, or it was trained for another target.
         DamagedDataError: the head was cut off or altered.
     """
-    stored = read_head(path)
+    return for_decoding(read_head(path), target, str(path))
+
+
+def for_decoding(stored: StoredHead, target: Target, name: str) -> DraftHead:
+    """A head that was read, on the device and in the dtype of the target that it is for.
+
+    Raises:
+        HeadError: it was trained for another target, or see `bind`.
+    """
     if stored.target.fingerprint != target.spec.fingerprint:
         same_shape = (
             stored.target.hidden_size == target.spec.hidden_size and stored.target.vocab_size == target.spec.vocab_size
         )
         hint = "the same shape but other weights or another dtype" if same_shape else "another shape"
         raise HeadError(
-            f"{path}: the head was trained for target {stored.target.name} ({stored.target.dtype}, fingerprint "
+            f"{name}: the head was trained for target {stored.target.name} ({stored.target.dtype}, fingerprint "
             f"{stored.target.fingerprint}), not for {target.spec.name} ({target.spec.dtype}, "
             f"{target.spec.fingerprint}), which has {hint}; load that target, or train a head for this one"
         )
     module = bind(stored, target.frozen_head).to(device=target.device, dtype=target.dtype).eval().requires_grad_(False)
-    return DraftHead(str(path), build_method(stored.config), module)
+    return DraftHead(name, build_method(stored.config), module)

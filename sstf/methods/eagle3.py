@@ -1,38 +1,44 @@
 """EAGLE-3 (arXiv 2503.01840): a one-layer head over three target layers, trained by test-time training.
 
-Loss: sum_i decay^i * KL(target over the draft vocabulary || draft at step i), over the positions whose supervised
-token was written by the assistant and whose teacher's argmax the draft vocabulary holds.
+Loss: sum_i decay^i * objective(target over the draft vocabulary, draft at step i), over the positions whose supervised
+token was written by the assistant and whose teacher's argmax the draft vocabulary holds. The paper's objective is KL.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from sstf.config_loading import Section
 from sstf.errors import ConfigError
-from sstf.features.dataset import shift_left
+from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
-from sstf.losses import fused_distill, teacher
+from sstf.losses import CHUNK, Kl, Objective, Teacher, Teachers, fused_distill, teacher, top_k_teacher
 from sstf.methods.base import News
+from sstf.row_blocks import filled, missing
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
+from sstf.targets.spec import ROPE_TYPES
 from sstf.trees import AnyTree, DraftContext, behind, grow
-from sstf.types import DraftTree, FeatureBatch, StepOutput
+from sstf.types import DraftTree, FeatureBatch, HiddenTeacher, StepOutput, TeacherRows
 
 
 class Eagle3Config(Section):
     """`layers` are 0-based layer outputs; None takes the paper's {1, L//2 - 1, L - 4}.
 
     `init` `target` starts the decoder layer, the norms and the draft logits from the target's last layer, final
-    norm and lm_head; `random` does so for the lm_head only.
+    norm and lm_head; `random` does so for the lm_head only. `objective` is what each drafted token is trained for.
+
+    What follows shapes the head: None is as in the target, and the norms are described in `heads/eagle.py`. Heads that
+    others published differ here.
     """
 
     kind: Literal["eagle3"] = "eagle3"
@@ -41,6 +47,50 @@ class Eagle3Config(Section):
     ttt_steps: int = Field(default=7, ge=1, le=16)
     ttt_decay: float = Field(default=0.8, gt=0, le=1)
     init: Literal["target", "random"] = "target"
+    objective: Objective = Kl()
+    intermediate_size: int | None = Field(default=None, ge=1)
+    num_heads: int | None = Field(default=None, ge=1)
+    num_kv_heads: int | None = Field(default=None, ge=1)
+    head_dim: int | None = Field(default=None, ge=2, multiple_of=2)
+    rms_norm_eps: float | None = Field(default=None, gt=0)
+    rope_theta: float | None = Field(default=None, gt=0)
+    rope_scaling: dict[str, bool | int | float | str] | None = None  # {rope_type: default} where only the target scales
+    norm_before_residual: bool = False
+    norm_before_fc: bool = False
+    fc_norm: bool = False
+    norm_output: bool = False
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Eagle3Config:
+        if self.norm_before_fc and self.fc_norm:
+            raise ValueError("method.norm_before_fc and method.fc_norm norm the same values; keep one of them")
+        if self.rope_scaling is not None and self.rope_scaling.get("rope_type") not in (*ROPE_TYPES, "default"):
+            raise ValueError(
+                f"method.rope_scaling has rope_type {self.rope_scaling.get('rope_type')!r}; expected default, "
+                f"{', '.join(ROPE_TYPES)}"
+            )
+        return self
+
+    @model_serializer(mode="wrap")
+    def _set_shape_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """A shape that is left as it is is not written: what is keyed by a configuration keeps its key."""
+        fields: dict[str, Any] = dump(self)
+        return {name: value for name, value in fields.items() if name not in SHAPE_FIELDS or value not in (None, False)}
+
+
+SHAPE_FIELDS = (
+    "intermediate_size",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "norm_before_residual",
+    "norm_before_fc",
+    "fc_norm",
+    "norm_output",
+)
 
 
 class Eagle3Method:
@@ -48,11 +98,17 @@ class Eagle3Method:
 
     def __init__(self, config: Eagle3Config) -> None:
         self.config = config
+        self.loss_rows = CHUNK
 
     @property
     def draft_vocab_size(self) -> int:
         """Tokens that the head can propose."""
         return self.config.draft_vocab_size
+
+    @property
+    def unrolls(self) -> int:
+        """Steps of test-time training."""
+        return self.config.ttt_steps
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""
@@ -65,22 +121,31 @@ class Eagle3Method:
             )
         return FeatureSpec(tuple(sorted(layers)))
 
-    def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle3Head:
-        """A new head; lm_head rows come from the target's."""
-        shape = EagleShape(
+    def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
+        """Of the head for a target."""
+        config = self.config
+        return EagleShape(
             hidden_size=target.hidden_size,
             taps=target.hidden_size * len(self.feature_spec(target).layers),
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            intermediate_size=target.intermediate_size,
-            draft_vocab_size=len(draft_tokens),
+            num_heads=config.num_heads or target.num_heads,
+            num_kv_heads=config.num_kv_heads or target.num_kv_heads,
+            head_dim=config.head_dim or target.head_dim,
+            intermediate_size=config.intermediate_size or target.intermediate_size,
+            draft_vocab_size=draft_vocab_size,
             vocab_size=target.vocab_size,
-            rms_norm_eps=target.rms_norm_eps,
-            rope_theta=target.rope_theta,
+            rms_norm_eps=config.rms_norm_eps or target.rms_norm_eps,
+            rope_theta=config.rope_theta or target.rope_theta,
             max_position_embeddings=target.max_position_embeddings,
+            rope_scaling=config.rope_scaling or target.rope_scaling,
+            norm_before_residual=config.norm_before_residual,
+            norm_before_fc=config.norm_before_fc,
+            fc_norm=config.fc_norm,
+            norm_output=config.norm_output,
         )
-        head = Eagle3Head(shape, frozen.embeddings, draft_tokens)
+
+    def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle3Head:
+        """A new head; lm_head rows come from the target's."""
+        head = Eagle3Head(self.shape(target, len(draft_tokens)), frozen.embeddings, draft_tokens)
         with torch.no_grad():
             for parameter in head.parameters():
                 if parameter.ndim == 2:
@@ -94,37 +159,34 @@ class Eagle3Method:
     def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
         """Test-time-training loss of one batch; see the module docstring."""
         assert isinstance(head, Eagle3Head)
+        batch = _in_blocks(batch)
         steps = self.config.ttt_steps
-        outs = head.unroll(
-            head.fc(batch.features.to(head.fc.weight.dtype)), [shift_left(batch.input_ids, i) for i in range(steps)]
-        )
+        ahead, there = rows_ahead(batch.lengths, steps, batch.loss_mask.device)  # [steps, seq]
         supervised = batch.loss_mask & head.t2d[batch.teacher_token.clamp_min(0)]
-        target = teacher(
-            frozen.logits(batch.teacher_hidden[supervised], head.draft_tokens), batch.teacher_lse[supervised]
-        )
-        teacher_row = torch.zeros_like(batch.labels)
-        teacher_row[supervised] = torch.arange(int(supervised.sum()), device=supervised.device)
-        valid = torch.stack([shift_left(supervised, i) for i in range(steps)])
-        counts = valid.flatten(1).sum(-1)
+        valid = there & supervised[ahead]
+        rows = _rows_in_blocks(valid.any(0))  # what no step learns from is not computed
+        outs = head.unroll(head.fuse(batch.features), batch.input_ids, batch.lengths, ahead[:, rows])
+        counts = valid.sum(-1)
         weights = self.config.ttt_decay ** torch.arange(steps, device=counts.device)
         result = fused_distill(
-            torch.cat([head.norm(out[mask]) for out, mask in zip(outs, valid, strict=True)]),
+            head.norm(outs[valid[:, rows]]),
             head.lm_head.weight,
-            target,
-            torch.cat([shift_left(teacher_row, i)[mask] for i, mask in enumerate(valid)]),
+            _teachers_over(head.draft_tokens, batch.teacher, supervised[batch.loss_mask], frozen),
+            (supervised.cumsum(0) - 1)[ahead[valid]],
             weights.repeat_interleave(counts),
+            self.config.objective,
+            self.loss_rows,
         )
-        teacher_tokens = torch.stack([shift_left(batch.teacher_token, i) for i in range(steps)])
         hits = torch.zeros_like(valid)
-        hits[valid] = head.draft_tokens[result.draft_token] == teacher_tokens[valid]
+        hits[valid] = head.draft_tokens[result.draft_token] == batch.teacher_token[ahead[valid]]
         # Anchors whose whole chain lies in supervised text; a token outside the draft vocabulary is a miss.
-        whole = torch.stack([shift_left(batch.loss_mask, i) for i in range(steps)]).all(0)
+        whole = (there & batch.loss_mask[ahead]).all(0)
         lengths = counts.tolist()
         return StepOutput(
             loss=result.loss_sum,
             valid=counts.float(),
             losses=torch.stack([part.sum() for part in result.losses.split(lengths)]),
-            hits=hits.flatten(1).sum(-1).float(),
+            hits=hits.sum(-1).float(),
             overlap=torch.stack([part.sum() for part in result.overlap.split(lengths)]),
             chain_hits=hits[:, whole],
         )
@@ -133,6 +195,47 @@ class Eagle3Method:
         """A drafter with the fused form of the head."""
         assert isinstance(head, Eagle3Head)
         return Eagle3Drafter(head)
+
+
+def _in_blocks(batch: FeatureBatch) -> FeatureBatch:
+    """With a document behind the others that teaches nothing, so that the rows are whole blocks (`row_blocks`)."""
+    lacking = missing(len(batch.input_ids), batch.input_ids.device)
+    if not lacking:
+        return batch
+    return dataclasses.replace(
+        batch,
+        features=filled(batch.features),
+        input_ids=filled(batch.input_ids),
+        teacher_token=filled(batch.teacher_token),
+        labels=filled(batch.labels),
+        loss_mask=filled(batch.loss_mask),
+        lengths=(*batch.lengths, lacking),
+    )
+
+
+def _rows_in_blocks(taught: Tensor) -> Tensor:
+    """Places of the rows that are True, and of as many others as their blocks have room for; ascending."""
+    lacking = missing(int(taught.sum()), taught.device)
+    return torch.cat([taught.nonzero()[:, 0], (~taught).nonzero()[:lacking, 0]]).sort().values
+
+
+def _teachers_over(draft_tokens: Tensor, given: TeacherRows, rows: Tensor, frozen: FrozenHead) -> Teachers:
+    """Makes the target's distributions over the draft vocabulary, of the teacher's rows where `rows` [row] is True."""
+    if isinstance(given, HiddenTeacher):
+        hidden, lse = given.hidden[rows], given.lse[rows]
+        small = dataclasses.replace(frozen, lm_head=frozen.lm_head[draft_tokens])  # gathered once for all chunks
+
+        def exact(some: slice) -> Teacher:
+            logits = small.native_logits(filled(hidden[some]))
+            return teacher(logits[: some.stop - some.start], lse[some])
+
+        return exact
+    tokens, log_probs = given.tokens[rows], given.log_probs[rows]
+
+    def top_k(some: slice) -> Teacher:
+        return top_k_teacher(tokens[some], log_probs[some], draft_tokens, len(frozen.lm_head))
+
+    return top_k
 
 
 def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
@@ -202,8 +305,9 @@ class Eagle3Drafter:
             own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
             tail = torch.cat([_pick(tail, parents), own], -1)
             at = torch.tensor([[length + level] for length in past], device=device).expand(-1, width)
+            fed_back = self.step.fed_back(_pick(last, parents))
             last = self._forward(
-                slots, _pick(last, parents), self.draft_tokens[draft_ids], at, [length + nodes for length in past],
+                slots, fed_back, self.draft_tokens[draft_ids], at, [length + nodes for length in past],
                 behind(tail, past, max(past) + nodes + width),
             )  # fmt: skip
             level, nodes = level + 1, nodes + width

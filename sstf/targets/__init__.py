@@ -3,7 +3,7 @@
 from sstf.targets.cache import PreallocatedCache, causal_mask
 from sstf.targets.embedded import EMBEDDED, locate
 from sstf.targets.frozen_head import FrozenHead
-from sstf.targets.huggingface import LayerTaps, Target, TargetConfig, load_target
+from sstf.targets.huggingface import LayerTaps, Target, TargetConfig, load_configured, load_target
 from sstf.targets.spec import TargetSpec
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "TargetConfig",
     "TargetSpec",
     "causal_mask",
+    "load_configured",
     "load_target",
     "locate",
 ]

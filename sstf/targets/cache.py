@@ -27,6 +27,7 @@ class _Plan:
     def __init__(self) -> None:
         self.length = 0  # tokens that every row holds already, when all rows advance together
         self.rows: Tensor | None = None  # [rows] cache rows written; None: all, at `length`
+        self.block: slice | None = None  # the same rows, where they are neighbours: read without a copy
         self.positions: Tensor | None = None  # [rows, seq] where in each row
         self.visible = 0  # the keys returned are [:visible]
 
@@ -65,8 +66,9 @@ class _Layer(CacheLayerMixin):
         index = (plan.rows[:, None], slice(None), plan.positions)
         self.keys[index] = key_states.transpose(1, 2)
         self.values[index] = value_states.transpose(1, 2)
-        if len(plan.rows) == self.batch:  # all rows, in order: a view, no copy
-            return self.keys[:, :, : plan.visible], self.values[:, :, : plan.visible]
+        block = slice(None) if len(plan.rows) == self.batch else plan.block
+        if block is not None:
+            return self.keys[block, :, : plan.visible], self.values[block, :, : plan.visible]
         return self.keys[plan.rows, :, : plan.visible], self.values[plan.rows, :, : plan.visible]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -157,9 +159,10 @@ class PreallocatedCache(Cache):
         """Direct the next pass of a cache whose rows advance together behind its first `length` tokens."""
         self.plan.rows, self.plan.length = None, length
 
-    def write_rows(self, rows: Tensor, positions: Tensor, visible: int) -> None:
-        """Direct the next pass to `rows` [rows], its tokens to `positions` [rows, seq], with keys [:visible] seen."""
-        self.plan.rows, self.plan.positions, self.plan.visible = rows, positions, visible
+    def write_rows(self, rows: Tensor, positions: Tensor, visible: int, block: slice | None = None) -> None:
+        """Direct the next pass to `rows` [rows], its tokens to `positions` [rows, seq], with keys [:visible] seen.
+        `block` is the same as `rows`, where these are neighbours in ascending order."""
+        self.plan.rows, self.plan.positions, self.plan.visible, self.plan.block = rows, positions, visible, block
 
 
 def causal_mask(positions: Tensor, visible: int) -> Tensor:

@@ -1,29 +1,30 @@
-"""The draft vocabulary: the target tokens that a head can propose, chosen by frequency."""
+"""The draft vocabulary: the target tokens that a head can propose, chosen by a score of each token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor
 
 
 def choose_draft_vocab(
-    frequencies: Int[Tensor, "vocab"], size: int, always: Iterable[int] = ()
+    scores: Shaped[Tensor, "vocab"], size: int, then: Shaped[Tensor, "vocab"] | None = None
 ) -> Int[Tensor, "draft_vocab"]:
-    """The `size` most frequent target ids, ascending; ties go to the smaller id, `always` is in whatever its count.
+    """The `size` target ids with the highest scores, ascending; ties go to the higher `then`, and to the smaller id.
 
     A size of the target's vocabulary or above keeps every token.
 
-    >>> choose_draft_vocab(torch.tensor([5, 0, 7, 1]), 2, always=[3])
-    tensor([2, 3])
+    >>> choose_draft_vocab(torch.tensor([5, 0, 7, 1]), 2)
+    tensor([0, 2])
     """
-    ranked = frequencies.clone()
-    ranked[torch.tensor(sorted(always), dtype=torch.int64)] = torch.iinfo(torch.int64).max
-    return ranked.sort(descending=True, stable=True).indices[:size].sort().values
+    order = torch.arange(len(scores))
+    for key in (then, scores):  # stable: sorted by the last key first
+        if key is not None:
+            order = order[key[order].sort(descending=True, stable=True).indices]
+    return order[:size].sort().values
 
 
-def coverage(frequencies: Int[Tensor, "vocab"], draft_tokens: Int[Tensor, "draft_vocab"]) -> float:
-    """Share of the counted tokens that the draft vocabulary holds."""
-    return float(frequencies[draft_tokens].sum() / frequencies.sum().clamp_min(1))
+def coverage(scores: Shaped[Tensor, "vocab"], draft_tokens: Int[Tensor, "draft_vocab"]) -> float:
+    """Share of all scores (counts, or probability mass) that the draft vocabulary holds."""
+    total = float(scores.sum())
+    return float(scores[draft_tokens].sum()) / total if total else 0.0

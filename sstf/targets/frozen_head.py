@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sstf.data.atomic import write_bytes_atomic
 from sstf.errors import DamagedDataError, TargetError
+from sstf.targets.placement import in_memory
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,9 @@ class FrozenHead:
             [..., vocab] or [..., draft_vocab], float32.
         """
         weight = self.lm_head if tokens is None else self.lm_head[tokens]
-        logits = F.linear(hidden.to(weight.dtype), weight).float() * self.scale
+        logits = F.linear(hidden.to(weight.device, weight.dtype), weight).float()
+        if self.scale != 1.0:  # a pass over the whole vocabulary
+            logits = logits * self.scale
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
     def native_logits(self, hidden: Tensor) -> Tensor:
@@ -51,7 +54,7 @@ class FrozenHead:
         through when only the best token is wanted."""
         if self.softcap or self.scale != 1.0:
             return self.logits(hidden)
-        return F.linear(hidden.to(self.lm_head.dtype), self.lm_head)
+        return F.linear(hidden.to(self.lm_head.device, self.lm_head.dtype), self.lm_head)
 
     def to(self, device: torch.device) -> FrozenHead:
         """A copy on `device`."""
@@ -99,6 +102,18 @@ class FrozenHead:
             ) from error
 
 
+def final_norm(decoder: nn.Module, name: str) -> nn.Module:
+    """The norm between the last decoder layer and `lm_head`.
+
+    Raises:
+        TargetError: there is not exactly one.
+    """
+    norms = [module for key, module in decoder.named_children() if "norm" in key.lower() or key == "ln_f"]
+    if len(norms) != 1:
+        raise TargetError(f"target {name}: found {len(norms)} final norms in {type(decoder).__name__}, expected one")
+    return norms[0]
+
+
 def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name: str) -> FrozenHead:
     """Take the frozen parts from a loaded transformers model, and check that they reproduce its logits.
 
@@ -108,25 +123,33 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
     output = model.get_output_embeddings()
     if not isinstance(output, nn.Linear) or output.bias is not None:
         raise TargetError(f"target {name}: its output layer is {output}, expected a Linear without a bias")
-    norms = [module for key, module in decoder.named_children() if "norm" in key.lower() or key == "ln_f"]
-    if len(norms) != 1:
-        raise TargetError(f"target {name}: found {len(norms)} final norms in {type(decoder).__name__}, expected one")
+    norm = final_norm(decoder, name)
+    names = {module: module_name for module_name, module in model.named_modules()}
+
+    def read(module: nn.Module) -> dict[str, Tensor]:
+        return {key: in_memory(model, f"{names[module]}.{key}", value) for key, value in module.named_parameters()}
+
+    embeddings, lm_head = read(model.get_input_embeddings())["weight"], read(output)["weight"]
+    if output.weight.is_meta and torch.equal(embeddings, lm_head):
+        lm_head = embeddings  # tied weights are told by their place, of which those on the disk have none
     config = model.config.get_text_config()
     fields = config.to_dict()
     # Granite divides, Cohere multiplies.
     scale = 1.0 / fields["logits_scaling"] if fields.get("logits_scaling") else fields.get("logit_scale") or 1.0
     frozen = FrozenHead(
-        model.get_input_embeddings().weight.detach(),
-        output.weight.detach(),
-        next(norms[0].parameters()).detach(),
-        {key: parameter.detach() for key, parameter in layers[-1].named_parameters()},
+        embeddings,
+        lm_head,
+        next(iter(read(norm).values())),
+        read(layers[-1]),
         float(fields.get("final_logit_softcapping") or 0.0),
         float(scale),
     )
     with torch.inference_mode():
-        probe = torch.arange(8, device=output.weight.device)[None] % config.vocab_size
+        # A spread model takes its input from any device, and only its offloaded weights are on none.
+        device = "cpu" if output.weight.is_meta else output.weight.device
+        probe = torch.arange(8, device=device)[None] % config.vocab_size
         expected = model(probe, use_cache=False).logits.float()
-        found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state)
+        found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state).to(expected.device)
     error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error < 0.02:  # bf16 rounding of a scaled or capped logit stays under 1 %
         raise TargetError(

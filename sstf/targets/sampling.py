@@ -14,11 +14,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from sstf.errors import DataError
+from sstf.errors import DataError, TargetError
+from sstf.heap import trim
 from sstf.targets.cache import PreallocatedCache, causal_mask
 from sstf.targets.huggingface import Target
 from sstf.types import Sampled, SamplingParams
 from sstf.warping import warp_top
+
+PREFILL_TOKENS = 4096  # of one prefill pass, padding included: a bound on its memory
 
 
 @dataclass
@@ -36,7 +39,17 @@ class BatchSampler:
     """Implements the data layer's `Sampler` protocol with the target in this process."""
 
     def __init__(self, target: Target) -> None:
+        """Raises:
+        TargetError: some layers keep a recurrent state, which rows of different lengths cannot share a pass with.
+        """
+        if target.recurrent:
+            raise TargetError(
+                f"target {target.spec.name} has layers with a recurrent state, and cannot answer many conversations at "
+                "once here; let a server do it (data.answers.engine of kind server)"
+            )
         self.target = target
+        self._cache: PreallocatedCache | None = None
+        self._slots = 0
 
     @torch.inference_mode()
     def sample(
@@ -73,7 +86,7 @@ class BatchSampler:
             return []
         slots = min(slots, len(prompts))
         capacity = max(len(prompt) + p.max_new_tokens for prompt, p in zip(prompts, params, strict=True))
-        cache = self.target.new_cache(capacity, batch=slots)
+        cache = self._room(slots, capacity)
         results: list[Sampled] = [Sampled()] * len(prompts)
         table: list[_Slot | None] = [None] * slots
         waiting = iter(range(len(prompts)))
@@ -108,9 +121,31 @@ class BatchSampler:
                     continue
             rows = [row for row, slot in enumerate(table) if slot is not None]
             settle(rows, self._step(cache, rows, [slot for slot in table if slot is not None], slots))
+        trim()
         return results
 
+    def _room(self, slots: int, capacity: int) -> PreallocatedCache:
+        """The cache of the last call where it is large enough: a new one each time leaves holes in the memory."""
+        if self._cache is None or self._slots != slots or self._cache.capacity < capacity:
+            self._cache = None
+            self._cache, self._slots = self.target.new_cache(-(-capacity // 256) * 256, batch=slots), slots
+        return self._cache
+
     def _prefill(self, cache: PreallocatedCache, rows: list[int], prompts: list[Sequence[int]]) -> Tensor:
+        """Logits [rows, vocab] after each prompt. Prompts of like length run together: padding costs as text does."""
+        order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))
+        last: dict[int, Tensor] = {}
+        while order:
+            group = [order.pop()]  # the longest that is left
+            most = max(1, PREFILL_TOKENS // len(prompts[group[0]]))
+            while order and len(group) < most and len(prompts[order[-1]]) * 2 > len(prompts[group[0]]):
+                group.append(order.pop())
+            group.sort()  # the cache takes rows in its own order
+            hidden = self._prefill_together(cache, [rows[i] for i in group], [prompts[i] for i in group])
+            last |= dict(zip(group, hidden, strict=True))
+        return self.target.frozen_head.logits(torch.stack([last[i] for i in range(len(rows))]))
+
+    def _prefill_together(self, cache: PreallocatedCache, rows: list[int], prompts: list[Sequence[int]]) -> Tensor:
         longest = max(len(prompt) for prompt in prompts)
         ids = torch.zeros(len(rows), longest, dtype=torch.int64)
         for i, prompt in enumerate(prompts):
@@ -118,7 +153,7 @@ class BatchSampler:
         positions = torch.arange(longest).expand(len(rows), -1)
         hidden = self._forward(cache, rows, ids, positions, longest)
         last = torch.tensor([len(prompt) - 1 for prompt in prompts], device=hidden.device)
-        return self.target.frozen_head.logits(hidden[torch.arange(len(rows), device=hidden.device), last])
+        return hidden[torch.arange(len(rows), device=hidden.device), last]
 
     def _step(self, cache: PreallocatedCache, rows: list[int], active: list[_Slot], slots: int) -> Tensor:
         # With most slots busy all rows run: reading the whole cache as a view is cheaper than gathering rows of it.
@@ -153,8 +188,13 @@ class BatchSampler:
 
     @staticmethod
     def _draw(logits: Tensor, slots: list[_Slot]) -> list[int]:
-        tokens: list[int] = logits.argmax(-1).tolist()
+        tokens = [0] * len(slots)
+        greedy = [i for i, slot in enumerate(slots) if slot.params.temperature == 0]
         drawn = [i for i, slot in enumerate(slots) if slot.params.temperature > 0]
+        if greedy:
+            rows = logits if not drawn else logits[greedy]
+            for i, token in zip(greedy, rows.argmax(-1).tolist(), strict=True):
+                tokens[i] = token
         if drawn:
             chosen = [slots[i].params for i in drawn]
             temperature = torch.tensor([[p.temperature] for p in chosen], device=logits.device)

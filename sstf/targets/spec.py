@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,11 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from sstf.errors import TargetError
+from sstf.targets.placement import in_memory
+
+# Ways to scale rotary positions that a head follows, in transformers' names. Others give a position another angle in a
+# longer text, which no table of angles can; for such a target a head keeps plain positions.
+ROPE_TYPES = ("linear", "dynamic", "yarn", "llama3")
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,8 @@ class TargetSpec:
 
     `fingerprint` is a hash of the shape and of a sample of every parameter: two targets with the same fingerprint
     are the same model, wherever they were loaded from, and a fine-tuned sibling has another one.
+
+    `rope_scaling` is transformers' `rope_parameters` without the base, of a `rope_type` in `ROPE_TYPES`; None is plain.
     """
 
     name: str
@@ -36,6 +44,7 @@ class TargetSpec:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
+    rope_scaling: dict[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """As a plain dictionary, for manifests."""
@@ -53,6 +62,15 @@ def describe(name: str, config: PretrainedConfig, model: nn.Module) -> TargetSpe
     Raises:
         TargetError: the configuration lacks a field that a draft head is shaped by.
     """
+    return spec_of(name, config, type(model).__name__, next(model.parameters()).dtype, fingerprint(model))
+
+
+def spec_of(name: str, config: PretrainedConfig, architecture: str, dtype: torch.dtype, identity: str) -> TargetSpec:
+    """The spec of a model of this configuration; `architecture` stands in where the configuration names none.
+
+    Raises:
+        TargetError: as `describe`.
+    """
     text = config.get_text_config()
     fields = text.to_dict()
 
@@ -67,11 +85,13 @@ def describe(name: str, config: PretrainedConfig, model: nn.Module) -> TargetSpe
     num_heads = need("num_attention_heads")
     hidden = need("hidden_size")
     rope = fields.get("rope_parameters") or {}
+    # Where layers differ (Gemma 3), those that see the whole text are followed.
+    rope = rope.get("full_attention", rope)
     return TargetSpec(
         name=name,
-        fingerprint=fingerprint(model),
-        architecture=(config.architectures or [type(model).__name__])[0],
-        dtype=str(next(model.parameters()).dtype).removeprefix("torch."),
+        fingerprint=identity,
+        architecture=(config.architectures or [architecture])[0],
+        dtype=str(dtype).removeprefix("torch."),
         hidden_size=hidden,
         num_layers=need("num_hidden_layers"),
         vocab_size=need("vocab_size"),
@@ -82,7 +102,16 @@ def describe(name: str, config: PretrainedConfig, model: nn.Module) -> TargetSpe
         rms_norm_eps=fields.get("rms_norm_eps") or 1e-6,
         rope_theta=float(rope.get("rope_theta") or fields.get("rope_theta") or 10000.0),
         max_position_embeddings=need("max_position_embeddings"),
+        rope_scaling=rope_scaling(rope),
     )
+
+
+def rope_scaling(rope: Mapping[str, Any]) -> dict[str, Any] | None:
+    """See `TargetSpec.rope_scaling`, of `rope_parameters` as transformers has completed them."""
+    if rope.get("rope_type") not in ROPE_TYPES:
+        return None
+    left_out = ("rope_theta", "type", "partial_rotary_factor")  # the last: a head turns all of its dimensions
+    return {key: value for key, value in rope.items() if key not in left_out and value is not None}
 
 
 def fingerprint(model: nn.Module, sample: int = 64) -> str:
@@ -92,7 +121,7 @@ def fingerprint(model: nn.Module, sample: int = 64) -> str:
     """
     digest = hashlib.sha256()
     for key, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().reshape(-1)
+        flat = in_memory(model, key, parameter).reshape(-1)
         picks = torch.linspace(0, flat.numel() - 1, min(sample, flat.numel()), dtype=torch.float64).long()
         values = flat[picks.to(flat.device)].float().cpu().numpy().tobytes()
         digest.update(json.dumps([key, list(parameter.shape), str(parameter.dtype)]).encode())

@@ -11,14 +11,14 @@ import argparse
 import os
 from pathlib import Path
 
-import torch
 from rich.console import Console
 
-from sstf.cli import guarded
+from sstf.cli.guard import guarded
 from sstf.data.progress import NoProgress, Progress
 from sstf.errors import ConfigError
 from sstf.pipeline import load_run
 from sstf.progress_display import display
+from sstf.train.parallel import close_launch
 
 
 def main() -> int:
@@ -27,7 +27,7 @@ def main() -> int:
         prog="python -m sstf.train",
         description="Train the head of a run on all the processes that a launcher started.",
         epilog="example: accelerate launch --config_file configs/accelerate/cpu-2.yaml "
-        "-m sstf.train configs/smollm2-135m-instruct/demo.yaml train.batches_per_step=2",
+        "-m sstf.train configs/smollm2-135m-instruct/demo.yaml",
     )
     parser.add_argument("config", type=Path, help="the run's YAML file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="settings that replace the file's")
@@ -46,9 +46,7 @@ def _train(path: Path, overrides: list[str], progress: Progress) -> None:
             "configs/accelerate/cpu-2.yaml, for one process use `sstf train`"
         )
     load_run(path, overrides, progress).train_only()
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that leaves early takes the connections of the others with it
-        torch.distributed.destroy_process_group()
+    close_launch()
 
 
 if __name__ == "__main__":

@@ -1,319 +1,363 @@
-"""THE training loop: any trainable method, offline features, one or several processes through accelerate.
+"""THE training loop: any trainable method, stored or online features, one or several processes.
 
-A global step is a list of micro-batches, dealt out to the processes in turn. Every process adds up the gradients of
-SUMMED losses; before the optimiser moves they are divided by the number of valid tokens of the whole step over all
-processes. So accumulation, batch sizes and processes change rounding only, never the objective.
+A step is a list of conversations, dealt out to the processes, each of which cuts its share into micro-batches. Every
+process adds up the gradients of SUMMED losses; before the optimiser moves they are divided by the number of valid
+tokens of the whole step over all processes. So accumulation, batch sizes and processes change rounding only, never the
+objective.
 """
 
 from __future__ import annotations
 
 import math
-import os
-import time
+import shutil
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import Tensor
 
 from sstf.data.progress import Progress as Bars
-from sstf.errors import ConfigError, DamagedDataError, DataError
-from sstf.features import FeatureStore, collate, epoch_batches, split, to_device
-from sstf.losses import accepted_drafts
+from sstf.errors import ConfigError, DamagedDataError, DataError, Stopped
+from sstf.features import FeatureSource, split, to_device
+from sstf.features.vocabulary import teacher_mass, token_counts
+from sstf.heap import trim
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import save_head
 from sstf.targets import FrozenHead
-from sstf.targets.draft_vocab import choose_draft_vocab, coverage
-from sstf.tracking import Tracker, open_trackers
-from sstf.train.checkpoint import Progress, list_checkpoints, load_checkpoint, save_checkpoint
+from sstf.targets.draft_vocab import coverage
+from sstf.tracking import open_trackers
+from sstf.train.budget import GIB, LEAST_LOSS_ROWS, choose, free_memory
+from sstf.train.checkpoint import Checkpoint, Progress, save_checkpoint
 from sstf.train.config import TrainConfig
-from sstf.types import FeatureBatch, StepOutput
+from sstf.train.ema import Ema
+from sstf.train.faults import not_finite
+from sstf.train.feed import Feed
+from sstf.train.memory import is_out_of_memory, trained
+from sstf.train.module import HeadWithLoss
+from sstf.train.optim import build_optimizers, check_optimizer_fits
+from sstf.train.parallel import Launch, open_launch, open_parallel
+from sstf.train.plan import check_processes, plan_steps
+from sstf.train.provenance import provenance, record_start, scrubbed
+from sstf.train.real_decode import RealDecode
+from sstf.train.report import Report
+from sstf.train.schedule import factor
+from sstf.train.start import choose_draft_tokens, draft_tokens_of, find_start, origin_of
+from sstf.train.termination import Termination
+from sstf.train.validation import Validation, validated
+from sstf.types import FeatureBatch
 
-
-class HeadWithLoss(nn.Module):
-    """Head and objective as one module, so that DDP and its kin see a single forward whatever the head unrolls.
-
-    Parameters stay float32; under `precision` bf16 the products run in bfloat16. This is not left to accelerate,
-    which fixes the precision once per Python process.
-    """
-
-    def __init__(self, method: TrainableMethod, head: nn.Module, frozen: FrozenHead, precision: str) -> None:
-        super().__init__()
-        self.method, self.head, self.frozen = method, head, frozen
-        self.bf16 = precision == "bf16"
-        # Buffers are the same everywhere and never change; DDP would send the embeddings around in every forward.
-        self._ddp_params_and_buffers_to_ignore = [name for name, _ in self.named_buffers()]
-
-    def forward(self, batch: FeatureBatch) -> StepOutput:
-        """Summed loss and counts of one batch."""
-        with torch.autocast(batch.features.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.method.loss(self.head, batch, self.frozen)
-
-
-@dataclass(frozen=True)
-class Validation:
-    """Held-out figures, one entry a test-time-training step.
-
-    `simulated_accepted_length` = 1 + mean over anchors of the leading hits of a greedy chain of `ttt_steps`, where a
-    hit is the draft's argmax being the target's argmax; it is what a chain of that depth would reach if every
-    position were an anchor.
-    """
-
-    simulated_accepted_length: float
-    accuracy: list[float]
-    overlap: list[float]
-    loss: list[float]
-
-    def figures(self) -> dict[str, float]:
-        """Under the names that trackers get."""
-        out = {"val/simulated_accepted_length": self.simulated_accepted_length}
-        for name in ("accuracy", "overlap", "loss"):
-            out |= {f"val/{name}/{i}": value for i, value in enumerate(getattr(self, name))}
-        return out
+TRIM_EVERY = 4  # steps
+JUDGED_ROWS = 2048  # held-out positions by which a draft vocabulary is judged
 
 
 class Trainer:
-    """Trains one head on one feature store, in `folder`; run again, it goes on from the latest checkpoint."""
+    """Trains one head on one source of features, in `folder`; run again, it goes on from the latest checkpoint.
+
+    Args:
+        source: the features.
+        method: what is trained.
+        method_config: its settings, which go along with the head.
+        config: how.
+        folder: for checkpoints, log and head.
+        seed: of everything that is drawn.
+        real_decode: needed, in the main process, where `config.real_decode` is given.
+        launch: this process among those that train together; found out from the launcher if not given.
+    """
 
     def __init__(
         self,
-        store: FeatureStore,
+        source: FeatureSource,
         method: TrainableMethod,
         method_config: Any,
         config: TrainConfig,
         folder: Path,
         seed: int,
+        real_decode: RealDecode | None = None,
+        launch: Launch | None = None,
     ) -> None:
-        self.store, self.method, self.method_config, self.config = store, method, method_config, config
-        self.folder, self.seed = folder, seed
-        self.accelerator = Accelerator(mixed_precision="no", cpu=not torch.cuda.is_available())
-        self._check_launch()
-        spec = method.feature_spec(store.target)
-        if spec.layers != store.layers:
-            raise DamagedDataError(
-                f"{store.folder} holds layers {list(store.layers)}, the method reads {list(spec.layers)}; extract again"
+        self.source, self.method, self.method_config, self.config = source, method, method_config, config
+        self.folder, self.seed, self.real_decode = folder, seed, real_decode
+        self.launch = launch or open_launch()
+        free = free_memory(self.launch)
+        check_optimizer_fits(config.optimizer, self.launch.kind)
+        if config.ema and self.launch.kind not in ("single", "ddp"):
+            raise ConfigError(
+                f"train.ema={config.ema} needs whole weights in every process, {self.launch.kind} splits them; use DDP "
+                "or leave train.ema out"
             )
-        self.training, self.held_out = split(store, config.validation_conversations, seed)
+        spec = method.feature_spec(source.target)
+        if spec.layers != source.layers:
+            raise DamagedDataError(
+                f"{source.name} holds layers {list(source.layers)}, the method reads {list(spec.layers)}; extract again"
+            )
+        self.training, self.held_out = split(source, config.validation_conversations, seed)
         if not self.training:
             raise DataError("no conversation to train on: none has three tokens of which one is trained")
-        frequencies = _supervised_frequencies(store, self.training)
-        size = min(method.draft_vocab_size, store.target.vocab_size)
-        draft_tokens = choose_draft_vocab(frequencies, size)
-        self.coverage = coverage(_supervised_frequencies(store, self.held_out or self.training), draft_tokens)
-        torch.manual_seed(seed)
-        frozen = store.frozen_head().to(self.accelerator.device)
-        head = method.build_head(store.target, frozen, draft_tokens.to(self.accelerator.device))
-        self.module = HeadWithLoss(method, head.to(self.accelerator.device), frozen, config.precision)
-        optimizer = torch.optim.AdamW(
-            head.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-        )
-        self.progress = self._resume(head, optimizer)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.module, optimizer)
+        self._build()
         self.plan = self._plan()
+        longest = max(source.lengths[i] for i in (*self.training, *self.held_out)) - 2
+        loss_rows = self.progress.loss_rows or method.loss_rows
+        self.budget = choose(self.trained, longest, config, loss_rows, free, self.progress.batch_tokens)
+        method.loss_rows = self.budget.sizes.loss_rows
+        self.note: Callable[[str], None] = warnings.warn  # until `run` knows who watches
+        self.feed = Feed(source, self.launch, self.plan, self.budget.sizes.rows, config.feature_noise, seed)
 
-    def _check_launch(self) -> None:
-        """Launchers fall back to one process in silence; a micro-batch that no process gets would be lost."""
-        world = self.accelerator.num_processes
-        asked = int(os.environ.get("WORLD_SIZE", "1"))
-        if asked != world:
-            raise ConfigError(
-                f"the launcher started {asked} processes but accelerate joined {world} "
-                f"({self.accelerator.distributed_type}); on CPUs use an accelerate config with distributed_type "
-                "MULTI_GPU and use_cpu true"
+    def _build(self) -> None:
+        """The head, from where it is to start, and what moves it."""
+        source, config, device = self.source, self.config, self.launch.device
+        frozen = source.frozen_head().to(device)
+        self.origin = origin_of(source, self.method_config, config, self.seed)
+        start = find_start(self.folder, config, self.origin, source)
+        if start:
+            draft_tokens = draft_tokens_of(start.head)
+        else:
+            draft_tokens = choose_draft_tokens(
+                source, self.training, self.method, config, frozen, self.seed, self.launch
             )
-        if self.config.batches_per_step % world:
-            raise ConfigError(
-                f"train.batches_per_step is {self.config.batches_per_step}, which {world} processes cannot share "
-                f"evenly; use a multiple of {world}"
-            )
+        self.vocabulary = self._judge_vocabulary(frozen, draft_tokens)
+        torch.manual_seed(self.seed)
+        head = self.method.build_head(source.target, frozen, draft_tokens.to(device)).to(device)
+        if start:
+            head.load_state_dict(start.head)
+        supervised = sum(source.trained[i] for i in self.training) / sum(source.lengths[i] for i in self.training)
+        taps = source.target.hidden_size * len(source.layers)
+        sizes = trained(head, frozen, taps, self.method.unrolls, supervised, config, device)
+        self.trained = replace(sizes, kind=self.launch.kind, processes=self.launch.processes)
+        self.module = HeadWithLoss(self.method, head, frozen, config.precision)
+        self.parallel = open_parallel(self.launch, self.module, lambda named: build_optimizers(config.optimizer, named))
+        self.ema = Ema(config.ema, head.named_parameters()) if config.ema else None
+        self.progress = replace(start.progress) if start else Progress()
+        if start and start.optimizer:
+            self.parallel.load(start.head, start.optimizer)
+            if self.ema and start.average:
+                self.ema.load(start.average)
 
-    def _resume(self, head: nn.Module, optimizer: torch.optim.Optimizer) -> Progress:
-        found = list_checkpoints(self.folder / "checkpoints")
-        return load_checkpoint(found[-1], head, optimizer) if found else Progress()
-
-    def _plan(self) -> list[list[list[int]]]:
-        """Micro-batches of every step of the run: plan[step][i] are indices into the store."""
-        config = self.config
-        lengths = [self.store.lengths[i] - 2 for i in self.training]
-        steps: list[list[list[int]]] = []
-        loose: list[list[int]] = []
-        epoch = 0
-        while len(steps) < (config.steps or math.inf) and epoch < (config.epochs or math.inf):
-            batches = epoch_batches(lengths, config.batch_tokens, self.seed, epoch)
-            loose += [[self.training[i] for i in batch] for batch in batches]
-            cut = len(loose) - len(loose) % config.batches_per_step
-            steps += [loose[i : i + config.batches_per_step] for i in range(0, cut, config.batches_per_step)]
-            loose = loose[cut:]
-            epoch += 1
-        steps = steps[: config.steps] if config.steps else steps
-        if not steps:
-            raise ConfigError(
-                f"train.batches_per_step is {config.batches_per_step} but the data gives {len(loose)} batches in all; "
-                "lower it, or train for more epochs"
-            )
-        return steps
-
-    def run(self, bars: Bars, run_name: str, effective_config: dict[str, Any]) -> dict[str, Any]:
-        """Train to the end of the plan.
-
-        Returns:
-            A summary: steps, tokens/s, draft-vocabulary coverage, and the validation of the chosen head, which is in
-            `folder/head`.
-        """
-        main = self.accelerator.is_main_process
-        trackers = (
-            open_trackers(self.config.trackers, run_name, self.folder, effective_config, self.progress.step)
-            if main
-            else []
-        )
-        started, start_tokens = time.perf_counter(), self.progress.trained_tokens
-        with ExitStack() as closing, bars.start("training", len(self.plan), "steps") as bar:
-            for tracker in trackers:
-                closing.callback(tracker.close)
-            bar.advance(self.progress.step)
-            while self.progress.step < len(self.plan):
-                figures = self.train_step()
-                bar.advance(1)
-                done = self.progress.step == len(self.plan)
-                if trackers and (done or self.progress.step % self.config.log_every == 0):
-                    seconds = time.perf_counter() - started
-                    figures["tokens_per_second"] = (self.progress.trained_tokens - start_tokens) / seconds
-                    _log(trackers, self.progress.step, figures)
-                if done or self.progress.step % self.config.validate_every == 0:
-                    self._validate_and_choose(trackers)
-                if done or self.progress.step % self.config.checkpoint_every == 0:
-                    self._checkpoint()
-            seconds = time.perf_counter() - started
+    def _judge_vocabulary(self, frozen: FrozenHead, draft_tokens: Tensor) -> dict[str, float]:
+        judged = self.held_out or self.training
+        mass = teacher_mass(self.source, frozen, judged, JUDGED_ROWS)[0]
         return {
-            "steps": len(self.plan),
-            "trained_tokens": self.progress.trained_tokens,
-            "tokens_per_second": round((self.progress.trained_tokens - start_tokens) / seconds, 1)
-            if seconds > 0
-            else 0.0,
-            "simulated_accepted_length": self.progress.best if self.held_out else None,
-            "best_step": self.progress.best_step,
-            "draft_vocab_coverage": self.coverage,
-            "processes": self.accelerator.num_processes,
+            "draft_vocab_coverage": coverage(token_counts(self.source, judged), draft_tokens),
+            "draft_vocab_lost_mass": 1 - coverage(mass, draft_tokens),
         }
 
-    def train_step(self) -> dict[str, float]:
-        """One optimiser step; returns its figures under the names that trackers get."""
-        config, accelerator = self.config, self.accelerator
+    def _plan(self) -> list[list[int]]:
+        """Conversations of every step, as indices into the source."""
+        rows = [self.source.lengths[i] - 2 for i in self.training]
+        steps = plan_steps(rows, self.config, self.seed)
+        check_processes(steps, self.launch.processes, self.config.step_tokens)
+        return [[self.training[i] for i in step] for step in steps]
+
+    def run(self, bars: Bars, run_name: str, effective_config: dict[str, Any]) -> dict[str, Any]:
+        """Train to the end of the plan, or until acceptance has fallen for long enough.
+
+        Returns:
+            A summary: steps, tokens/s, draft-vocabulary coverage, and the accepted length of the chosen head, which is
+            in `folder/head`.
+
+        Raises:
+            Stopped: the process was asked to end; a checkpoint was written.
+            DataError: features or loss are not finite; the last checkpoint is kept.
+        """
+        self.note = bars.note
+        if self.launch.is_main:
+            self.note(str(self.budget))
+        with ExitStack() as closing:
+            termination = closing.enter_context(Termination())
+            self.report = closing.enter_context(self._open_report(bars, run_name, effective_config))
+            tokens_before = self.progress.trained_tokens
+            if self.config.warm_start and self.progress.step == 0:
+                self._validate_and_choose()
+            while not self._finished():
+                figures = self.train_step(termination.asked)
+                step, last = self.progress.step, self.progress.step == len(self.plan)
+                self.report.step(step, figures, self.progress.trained_tokens - tokens_before, self.feed.waited)
+                if last or step % self.config.validate_every == 0:
+                    self._validate_and_choose()
+                if self._finished() or self._asked_to_stop or step % self.config.checkpoint_every == 0:
+                    self._checkpoint()
+                if self._asked_to_stop and not self._finished():
+                    raise Stopped(
+                        f"asked to stop: the training is saved after step {step} of {len(self.plan)}; the same "
+                        "command goes on from there"
+                    )
+        return self._summary()
+
+    def _open_report(self, bars: Bars, run_name: str, effective_config: dict[str, Any]) -> Report:
+        config, done = self.config, self.progress.step
+        if self.launch.is_main:
+            record_start(self.folder, provenance(effective_config, self.source, self.launch.facts(), done))
+        trackers = (
+            open_trackers(config.trackers, run_name, self.folder, scrubbed(effective_config), done, bars.note)
+            if self.launch.is_main
+            else []
+        )
+        # The view's best is a simulated one.
+        simulated = 0 if config.real_decode else max(0, self.progress.best_step)
+        view = bars.training(len(self.plan), done, self.progress.best if simulated else 0.0, simulated)
+        return Report(view, trackers, len(self.plan), done, config.log_every)
+
+    def _summary(self) -> dict[str, Any]:
+        progress, pace = self.progress, self.report.pace()
+        return {
+            "steps": progress.step,
+            "planned_steps": len(self.plan),
+            "skipped_steps": progress.skipped,
+            "trained_tokens": progress.trained_tokens,
+            "tokens_per_second": round(pace["tokens_per_second"], 1),
+            "waited_for_data": round(pace["waiting_share"], 4),
+            "accepted_length": progress.best if self.held_out else None,
+            "chosen_by": "tau_real" if self.config.real_decode else "simulated_accepted_length",
+            "best_step": progress.best_step,
+            "planned_memory_gib": round(self.budget.need / GIB, 3),
+            "micro_batch_tokens": self.feed.batch_tokens,
+            "loss_rows": self.method.loss_rows,
+            **self.vocabulary,
+            **self.launch.facts(),
+        }
+
+    def _finished(self) -> bool:
+        patience = self.config.patience
+        return self.progress.step == len(self.plan) or (patience is not None and self.progress.declining >= patience)
+
+    def train_step(self, asked_to_stop: bool = False) -> dict[str, float]:
+        """One optimiser step; returns its figures under the names that trackers get.
+
+        Raises:
+            DataError: the gradient is not finite; the weights are those of before the step.
+        """
         step = self.progress.step
-        lr = learning_rate(step, len(self.plan), config.learning_rate, config.warmup_share)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        mine = self.plan[step][accelerator.process_index :: accelerator.num_processes]
-        self.module.train()
-        sums: Tensor | None = None
-        for i, indices in enumerate(mine):
-            # Gradients cross processes once a step, with the last micro-batch.
-            with accelerator.no_sync(self.wrapped) if i + 1 < len(mine) else nullcontext():
-                output: StepOutput = self.wrapped(self._load(indices))
-                accelerator.backward(output.loss)
-            part = torch.stack([output.valid, output.losses, output.hits, output.overlap])
-            sums = part if sums is None else sums + part
-        assert sums is not None
-        sums = accelerator.reduce(sums, "sum")
-        valid = sums[0, 0].clamp_min(1.0)
-        for parameter in self.module.head.parameters():
-            if parameter.grad is not None:
-                # DDP averaged over the processes; the objective is a sum over them, divided by the global count.
-                parameter.grad.mul_(accelerator.num_processes / valid)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.head.parameters(), config.clip)
-        if not bool(torch.isfinite(norm)):
-            names = [self.store.ids[i] for batch in self.plan[step] for i in batch]
-            raise DataError(
-                f"step {step}: the gradient is not finite; the step's conversations are {', '.join(names[:8])}"
-                f"{f' and {len(names) - 8} more' if len(names) > 8 else ''}; look at their features, or lower "
-                "train.learning_rate"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        share = factor(self.config.schedule, step, len(self.plan))
+        self.parallel.set_lr(share)
+        sums = self._accumulate(step, asked_to_stop)
+        self._asked_to_stop = bool(sums[-1] > 0)
+        steps = sums[:-1].reshape(4, -1)
+        valid = float(steps[0, 0])
+        figures = {"lr": share * self.config.optimizer.learning_rate}
+        if not torch.isfinite(steps).all():
+            self.parallel.forget()
+            raise self._not_finite(step)
+        if valid > 0:
+            norm = float(self.parallel.step(1 / valid, self.config.clip))
+            if not math.isfinite(norm):
+                raise self._not_finite(step)
+            figures["grad_norm"] = norm
+            if self.ema:
+                self.ema.update(step)
+        else:
+            self.parallel.forget()
+            self.progress.skipped += 1
         self.progress.step += 1
-        self.progress.trained_tokens += sum(self.store.lengths[i] for batch in self.plan[step] for i in batch)
-        count = sums[0].clamp_min(1.0)
-        figures = {"lr": lr, "grad_norm": float(norm)}
+        if self.progress.step % TRIM_EVERY == 0:
+            trim()
+        self.progress.trained_tokens += sum(self.source.lengths[i] for i in self.plan[step])
+        count = steps[0].clamp_min(1.0)
         for row, name in enumerate(("loss", "accuracy", "overlap"), start=1):
-            figures |= {f"train/{name}/{i}": v for i, v in enumerate((sums[row] / count).tolist())}
+            figures |= {f"train/{name}/{i}": v for i, v in enumerate((steps[row] / count).tolist())}
         return figures
 
-    def _load(self, indices: list[int]) -> FeatureBatch:
-        return to_device(collate([self.store[i] for i in indices]), self.accelerator.device)
+    def _accumulate(self, step: int, asked_to_stop: bool) -> Tensor:
+        """Gradients of a step, in the parameters; and over all processes its sums [4 * ttt_steps], with how many
+        processes were asked to stop behind them. Where memory is short, micro-batches are halved."""
+        while True:
+            try:
+                self.module.train()
+                sums = torch.zeros(4, self.method.unrolls, device=self.launch.device)
+                for batch, last in self.feed.step(step):
+                    output = self.parallel.backward(batch, last)
+                    sums += torch.stack([output.valid, output.losses, output.hits, output.overlap])
+                return self.launch.reduce(torch.cat([sums.flatten(), sums.new_tensor([float(asked_to_stop)])]))
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                # Without its frames, which hold what the step had computed.
+                self._halve(step, error.with_traceback(None))
 
-    def _validate_and_choose(self, trackers: list[Tracker]) -> None:
-        """Keep the head with the highest simulated accepted length; loss may fall while acceptance falls too."""
+    def _halve(self, step: int, error: Exception) -> None:
+        """Half as many tokens at once from here on, or half the chunk of the loss; the step is computed anew."""
+        longest = max(self.feed.rows[i] for i in self.plan[step])
+        now = min(self.feed.batch_tokens, sum(self.feed.rows[i] for i in self.plan[step]))
+        # Other processes wait for this one within the step: there is no going back together.
+        if self.launch.processes > 1 or (now <= longest and self.method.loss_rows <= LEAST_LOSS_ROWS):
+            less = f"set train.batch_tokens to {now // 2}" if now > longest else f"set data.max_length below {longest}"
+            raise ConfigError(
+                f"step {step}: memory is too short for {now} tokens at once; {less}, or lower method.ttt_steps or "
+                "method.draft_vocab_size, and run the same command again: checkpoints are kept"
+            ) from error
+        self.parallel.forget()
+        if now > longest:
+            self.feed.batch_tokens = now // 2
+            self.note(f"step {step}: out of memory with {now} tokens at once; from here on {now // 2}")
+        else:
+            self.method.loss_rows //= 2
+            self.feed.batch_tokens = now  # drops batches that were loaded ahead
+            self.note(
+                f"step {step}: out of memory with a conversation of {longest} tokens alone; from here on loss chunks "
+                f"of {self.method.loss_rows} rows"
+            )
+        trim()
+
+    def _validate_and_choose(self) -> None:
+        """Keep the head with the highest accepted length; loss may fall while acceptance falls too."""
+        step = self.progress.step
         if not self.held_out:
-            self.progress.best_step = self.progress.step
-            self._save_head({})
+            self.progress.best_step = step
+            self._save_head(self.folder / "head", {})
             return
-        result = self.validate()
-        if trackers:
-            _log(trackers, self.progress.step, result.figures())
-        if result.simulated_accepted_length > self.progress.best:
-            self.progress.best, self.progress.best_step = result.simulated_accepted_length, self.progress.step
-            self._save_head(result.figures())
+        with self.ema.swapped() if self.ema else nullcontext():
+            figures = self.validate().figures()
+            score = figures["val/simulated_accepted_length"]
+            if self.config.real_decode:
+                if step % self.config.real_decode.every and step != len(self.plan):
+                    self.report.log(self.progress.step, figures)
+                    return
+                score = figures["val/tau_real"] = self._decode_for_real(figures)
+            self.report.log(self.progress.step, figures)
+            if score > self.progress.best:
+                self.progress.best, self.progress.best_step, self.progress.declining = score, step, 0
+                self._save_head(self.folder / "head", figures)
+            else:
+                self.progress.declining += 1
 
-    def _save_head(self, figures: dict[str, float]) -> None:
-        if self.accelerator.is_main_process:
-            run = {"step": self.progress.step, "draft_vocab_coverage": self.coverage, **figures}
-            save_head(self.folder / "head", self.method_config, self.module.head, self.store.target, run)
+    def _decode_for_real(self, figures: dict[str, float]) -> float:
+        """By the main process; the others wait."""
+        candidate = self.folder / "candidate"
+        self._save_head(candidate, figures)
+        found = torch.zeros((), device=self.launch.device)
+        if self.launch.is_main:
+            assert self.real_decode is not None
+            found += self.real_decode(candidate, self.source, self.held_out)
+            shutil.rmtree(candidate)
+        return float(self.launch.reduce(found))
 
-    @torch.no_grad()
+    def _save_head(self, folder: Path, figures: dict[str, float]) -> None:
+        trim()
+        with self.parallel.whole_head() as head:
+            if head is not None:
+                run = {"step": self.progress.step, **self.vocabulary, **figures}
+                save_head(folder, self.method_config, head, self.source.target, run)
+
     def validate(self) -> Validation:
         """Figures on the held-out conversations, each process taking its share of them."""
-        accelerator = self.accelerator
         self.module.eval()
-        lengths = [self.store.lengths[i] - 2 for i in self.held_out]
-        batches = epoch_batches(lengths, self.config.batch_tokens, self.seed, 0)
-        mine = batches[accelerator.process_index :: accelerator.num_processes]
-        sums: Tensor | None = None
-        accepted = torch.zeros(2, device=accelerator.device)
-        for batch in mine or batches[:1]:
-            output = self.module(self._load([self.held_out[i] for i in batch]))
-            part = torch.stack([output.valid, output.losses, output.hits, output.overlap])
-            sums = part if sums is None else sums + part
-            chains = accepted_drafts(output.chain_hits)
-            accepted += torch.tensor([chains.sum(), len(chains)], device=accelerator.device)
-        assert sums is not None
-        if not mine:  # more processes than batches: only the shape was needed
-            sums, accepted = torch.zeros_like(sums), torch.zeros_like(accepted)
-        sums, accepted = accelerator.reduce(sums, "sum"), accelerator.reduce(accepted, "sum")
-        means = (sums[1:] / sums[0].clamp_min(1.0)).tolist()
-        return Validation(1 + float(accepted[0] / accepted[1].clamp_min(1.0)), means[1], means[2], means[0])
+        return validated(self.parallel, self.feed.once(self.held_out))
 
     def _checkpoint(self) -> None:
-        if self.accelerator.is_main_process:
-            folder = self.folder / "checkpoints"
-            optimizer = self.optimizer.optimizer  # accelerate's wrapper holds the real one
-            save_checkpoint(folder, self.module.head, optimizer, self.progress, self.config.keep_last)
-        self.accelerator.wait_for_everyone()
+        trim()  # it makes copies, in other places than a step
+        head, optimizer = self.parallel.state()
+        if self.launch.is_main:
+            average = self.ema.state() if self.ema else {}
+            sizes = {"batch_tokens": self.feed.batch_tokens, "loss_rows": self.method.loss_rows}
+            checkpoint = Checkpoint(replace(self.progress, **sizes), self.origin, head, optimizer, average)
+            save_checkpoint(self.folder / "checkpoints", checkpoint, self.config.keep_last)
+        self.launch.wait()
 
+    def _not_finite(self, step: int) -> DataError:
+        def loss(batch: FeatureBatch) -> float:
+            output = self.parallel.evaluate(to_device(batch, self.launch.device))
+            return float(output.loss)
 
-def learning_rate(step: int, steps: int, peak: float, warmup_share: float) -> float:
-    """Linear warm-up, then a cosine to 0. `step` is 0-based.
-
-    >>> [round(learning_rate(i, 4, 1.0, 0.25), 3) for i in range(4)]
-    [1.0, 1.0, 0.75, 0.25]
-    """
-    warmup = max(1, round(steps * warmup_share))
-    if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
-
-
-def _supervised_frequencies(store: FeatureStore, indices: list[int]) -> Tensor:
-    """How often each target id is a trained token."""
-    counts = torch.zeros(store.target.vocab_size, dtype=torch.int64)
-    for i in indices:
-        ids, mask = store.tokens_of(i)
-        counts.index_add_(0, ids[mask], torch.ones(int(mask.sum()), dtype=torch.int64))
-    return counts
-
-
-def _log(trackers: list[Tracker], step: int, figures: dict[str, float]) -> None:
-    for tracker in trackers:
-        tracker.log(step, figures)
+        return not_finite(step, self.source, self.plan[step], loss)

@@ -10,11 +10,13 @@ import pytest
 from sstf.data import conversations as module
 from sstf.data.config import DataConfig, HubSource, JsonlSource, KeepAnswers, RegenerateAnswers, SampleSource
 from sstf.data.conversations import ConversationSet, read_conversations
+from sstf.data.files import CUT_OFF
 from sstf.errors import DataError
 from sstf.types import Conversation, Message
 
 USER, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}
 GOOD = {"messages": [USER, ANSWER]}
+CALL = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
 
 
 def write(path: Path, *rows: Any) -> Path:
@@ -65,16 +67,52 @@ image = {"type": "image_url", "image_url": {"url": "x"}}
 BAD_ROWS = {
     "broken JSON": ('{"messages": [', "Expecting value at column 15; expected one JSON object a line"),
     "unknown form: list": ([1], None),
-    "unknown form": ({"text": "x"}, "found text, expected a key `messages` or `conversations`"),
+    "unknown form": ({"texts": "x"}, "found texts, expected a key `messages` or `conversations`"),
     "unknown form: turns": ({"messages": "x"}, "`messages` is text, expected a list of turns"),
     "unknown form: turn": ({"messages": ["x"]}, "turn 1 is text, expected an object"),
-    "unknown role": ({"messages": [{"role": "tool", "content": "x"}]}, "'tool', expected one of system, user, ass"),
+    "unknown role": (
+        {"messages": [{"role": "critic", "content": "x"}]},
+        "'critic', expected one of system, developer, user, ass",
+    ),
     "empty content": ({"messages": [USER, {"role": "assistant", "content": " "}]}, r"turn 2 \(assistant\) has no text"),
     "empty content: null": ({"messages": [{"role": "user", "content": None}]}, "no text"),
     "non-text content": ({"messages": [{"role": "user", "content": [image]}]}, "turn 1 has a part of type 'image_url'"),
     "non-text content: number": ({"messages": [{"role": "user", "content": 3}]}, "a number in `content`"),
-    "unsupported field": ({**GOOD, "images": ["x.png"]}, "the row has `images`"),
-    "unsupported field: calls": ({"messages": [{**USER, "tool_calls": [{}]}]}, "turn 1 has `tool_calls`"),
+    "non-text content: images": ({**GOOD, "images": ["x.png"]}, "the row has `images`; targets here read text only"),
+    "non-text content: audio": ({"messages": [{**USER, "audio": {"id": 1}}, ANSWER]}, "turn 1 has `audio`"),
+    "broken tool call": ({"messages": [USER, {**ANSWER, "tool_calls": [{}]}]}, "turn 2: a tool call has no function"),
+    "broken tool call: text": (
+        {"messages": [USER, {**ANSWER, "function_call": {"name": "f", "arguments": "{'x': g()}"}}]},
+        "the arguments of 'f' cannot be read as JSON",
+    ),
+    "broken tool call: list": (
+        {"messages": [USER, {**ANSWER, "tool_calls": [{"function": {"name": "f", "arguments": [1]}}]}]},
+        "the arguments of 'f' are no object",
+    ),
+    "broken tools": ({**GOOD, "tools": "[{"}, "the tool schemas cannot be read as JSON"),
+    "broken tools: no name": ({**GOOD, "tools": [{"type": "function"}]}, "a tool schema has no function name"),
+    "unknown mode": ({**GOOD, "mode": "chat"}, "`mode` is 'chat', expected `thinking` or `plain`"),
+    "reasoning in plain mode": ({"messages": [USER, {**ANSWER, "reasoning": "why"}], "mode": "plain"}, None),
+    "non-text content: reasoning": ({"messages": [USER, {**ANSWER, "reasoning": [1]}]}, "a list as reasoning"),
+    "roles out of turn: result": (
+        {"messages": [USER, {"role": "tool", "content": "3"}]},
+        "turn 2 is tool, expected assistant",
+    ),
+    "roles out of turn: call": ({"messages": [USER, CALL, USER]}, "turn 3 is user, expected tool"),
+    "roles out of turn: after result": (
+        {"messages": [USER, CALL, {"role": "tool", "content": "3"}, USER]},
+        "turn 4 is user, expected tool or assistant",
+    ),
+    "bad token ids": ({"input_ids": [1, 2.5], "loss_mask": [0, 1]}, "not a list of whole numbers"),
+    "bad token ids: alone": ({"input_ids": [1, 2]}, "expected a `loss_mask` or `labels`"),
+    "bad token ids: lengths": (
+        {"input_ids": [1, 2], "loss_mask": [1]},
+        "has 1 entries, expected one for each of the 2",
+    ),
+    "bad token ids: mask": ({"input_ids": [1, 2], "loss_mask": [0, 2]}, "something else than 0, 1"),
+    "bad token ids: shifted": ({"input_ids": [1, 2, 3], "labels": [2, 3, -100]}, "has 2 at 0, .* must not be shifted"),
+    "unknown form: history": ({"instruction": "a", "output": "b", "history": ["x"]}, "`history` is not a list of"),
+    "empty content: text": ({"text": " "}, "the row has no text in `text`"),
     "no user turn": ({"messages": [{"role": "system", "content": "S"}]}, "found system, expected at least one user"),
     "no user turn: empty": ({"messages": []}, "found no turns"),
     "no assistant turn": ({"messages": [USER]}, "answers.kind=regenerate"),
@@ -134,7 +172,7 @@ def test_array_and_a_dump_cut_off_anywhere(tmp_path: Path) -> None:
     for end in range(second + 1, whole.rindex(b"}") + 1):
         path.write_bytes(whole[:end])
         found = read(path)
-        assert (found.report.kept, found.report.skipped) == (1, {module.CUT_OFF: 1}), whole[second:end]
+        assert (found.report.kept, found.report.skipped) == (1, {CUT_OFF: 1}), whole[second:end]
 
 
 def test_record_broken_within_an_array(tmp_path: Path) -> None:
@@ -146,7 +184,7 @@ def test_record_broken_within_an_array(tmp_path: Path) -> None:
 
 def test_bad_record_of_an_array_has_its_line(tmp_path: Path) -> None:
     path = tmp_path / "dump.json"
-    path.write_text("[\n" + json.dumps(GOOD) + ",\n\n" + json.dumps({"text": 1}) + "\n]")
+    path.write_text("[\n" + json.dumps(GOOD) + ",\n\n" + json.dumps({"value": 1}) + "\n]")
     with pytest.raises(DataError, match=r"dump\.json:4 \(record 2\): unknown form"):
         read(path)
 
@@ -158,8 +196,6 @@ def test_empty_missing_and_damaged_files(tmp_path: Path) -> None:
         read(write(tmp_path / "useless.jsonl", {}), skip=True)
     with pytest.raises(DataError, match=r"none\.jsonl does not exist"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="cannot be read: Is a directory"):
-        read(tmp_path)
     packed = tmp_path / "half.jsonl.gz"
     packed.write_bytes(gzip.compress(json.dumps(GOOD).encode() * 50)[:-12])
     with pytest.raises(DataError, match="not a whole gzip file"):
@@ -186,7 +222,8 @@ def test_hub_rows_from_a_local_data_set(tmp_path: Path, monkeypatch: pytest.Monk
     found = read_conversations(DataConfig(source=source, answers=KeepAnswers(), on_bad_row="skip"))
     assert [(c.id, c.source) for c in found.conversations] == [("org/set/test:1", "org/set/test")]
     assert found.report.skipped == {"no assistant turn": 1}
-    assert asked == {"name": "org/set", "subset": "part", "split": "test", "revision": "v1", "streaming": False}
+    options = {"split": "test", "revision": "v1", "streaming": False, "data_files": None}
+    assert asked == {"name": "org/set", "subset": "part", **options}
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def test_one_path_or_several() -> None:
 @pytest.mark.parametrize(
     ("values", "problem"),
     [
-        ({"source": {"kind": "other"}}, "'sample', 'jsonl', 'hub', 'self_written'"),
+        ({"source": {"kind": "other"}}, "'sample', 'jsonl', 'hub', 'package', 'self_written'"),
         ({"source": {"kind": "jsonl", "path": []}}, "at least 1 item"),
         ({"source": {"kind": "sample"}, "max_lenght": 1}, "max_lenght"),
         ({"source": {"kind": "sample"}, "max_length": 1}, "greater than or equal to 2"),

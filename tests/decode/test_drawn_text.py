@@ -200,8 +200,8 @@ def kept_by_value(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def next_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every sequence of a batch is verified by its neighbour's logits."""
-    right = engine._Run._warp
-    monkeypatch.setattr(engine._Run, "_warp", staticmethod(lambda s, logits: right(s, logits.roll(1, 0))))
+    right = engine.Session._warp
+    monkeypatch.setattr(engine.Session, "_warp", staticmethod(lambda s, logits: right(s, logits.roll(1, 0))))
 
 
 @pytest.mark.parametrize(

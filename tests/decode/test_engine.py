@@ -431,3 +431,6 @@ def test_seeds(tiny_target: Target) -> None:
     assert say(1).accepted_lengths == say(1).accepted_lengths
     assert len({tuple(say(seed).token_ids) for seed in range(6)}) > 3
     assert say(1, 1e-6).token_ids == say(2, 0.0).token_ids
+    for other in (SpeculativeDecoder(tiny_target), SpeculativeDecoder(tiny_target, random_head(tiny_target), Chain())):
+        for seed in range(3):
+            assert other.generate([5, 6], 12, temperature=1.0, seed=seed).token_ids == say(seed).token_ids

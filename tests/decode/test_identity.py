@@ -89,7 +89,8 @@ def decoder_of(kind: str, target: Target, pairs: Pairs, slots: int) -> Speculati
     experience = Experience()
     if not kind.startswith("eagle"):  # the others measure
         # 1 ms and 20 us a row, 50 us a level: a tree of some size pays.
-        experience.costs[slots] = CostModel([1e-3 + 2e-5 * knot for knot in KNOTS], draft_s=5e-5, host_s=1e-4)
+        for size in {1, 2, 4, slots}:
+            experience.costs[size] = CostModel([1e-3 + 2e-5 * knot for knot in KNOTS], draft_s=5e-5, host_s=1e-4)
     return SpeculativeDecoder(target, head, policy, experience=experience)
 
 

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from verification import Toy, Verify, distance, enumerate_rule, exact, outcomes, p_value, toy, tree_of
+from verification import Toy, Verify, distance, enumerate_rule, exact, node_paths, outcomes, p_value, toy, tree_of
 
 import sstf.decode.verify as rules
 from sstf.decode import Verified, verify_deterministic, verify_greedy
@@ -223,17 +223,32 @@ def test_rows_must_fit_the_tree() -> None:
         verify_deterministic(tree_of((0,), (1,)), torch.full((2, 3), 1 / 3), torch.Generator())
 
 
-def test_reads_the_device_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Once for the chances of all nodes, once for the bonus token, however many children are tried."""
+def test_reads_the_device_once_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many children there are. (The tree itself is read from the CPU.)"""
     reads = []
-    for name in ("tolist", "item", "__float__", "__int__", "__bool__"):
+    for name in ("item", "__float__", "__int__", "__bool__"):
         plain = getattr(Tensor, name)
         monkeypatch.setattr(Tensor, name, lambda self, plain=plain: (reads.append(1), plain(self))[1])
-    monkeypatch.setattr(rules, "uniform", lambda _: 0.999)
+    monkeypatch.setattr(rules, "uniform", lambda _: 0.5)
     for tree in TREES:
         reads.clear()
-        verify_deterministic(tree, torch.full((len(tree) + 1, 3), 1 / 3), torch.Generator())
-        assert len(reads) == 2
+        found = verify_deterministic(tree, torch.full((len(tree) + 1, 3), 1 / 3), torch.Generator())
+        assert len(reads) == len(found.nodes) + 1
+
+
+@given(tree=small_trees(), other=small_trees(), seed=st.integers(0, 1000))
+@settings(deadline=None)
+def test_the_text_of_a_seed_does_not_depend_on_the_trees(tree: DraftTree, other: DraftTree, seed: int) -> None:
+    """Ten tokens in passes with one tree, and in passes with another."""
+    target, texts = toy(seed), []
+    for drafted in (tree, other, DraftTree.empty(torch.device("cpu"))):
+        generator, text = torch.Generator().manual_seed(seed), [0, 0]
+        while len(text) < 12:
+            rows = torch.stack([target.after((*text, *path)) for path in ((), *node_paths(drafted))])
+            found = verify_deterministic(drafted, rows, generator)
+            text += [*found.tokens, found.bonus]
+        texts.append(text[:12])
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_real_random_numbers() -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import re
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,15 +11,13 @@ import torch
 
 from sstf.data.progress import NoProgress
 from sstf.errors import DataError
-from sstf.evaluation import EvalConfig, Row, evaluate, write_report
+from sstf.evaluation import EvalConfig, Row, evaluate
 from sstf.evaluation.metrics import Record
 from sstf.evaluation.run import _row, _summarise, _void
-from sstf.evaluation.suites import Prompt
 from sstf.methods import Eagle3Config, NgramConfig, TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
 from sstf.trees import Chain, DynamicTree
-from sstf.types import Message
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +71,7 @@ def test_plain_decoding_is_the_unit(rows: list[Row]) -> None:
         if r.arm == "plain":
             assert (r.accepted_length, r.accepted_length_ci) == (1.0, (1.0, 1.0))
             assert (r.speedup, r.speedup_ci, r.void) == (1.0, (1.0, 1.0), None)
-            assert (r.survival, r.acceptance_rate, r.draft_ms) == ([], [], pytest.approx(0, abs=0.1))
+            assert (r.survival, r.acceptance_rate) == ([], []) and r.draft_ms < r.verify_ms
 
 
 def test_figures_are_consistent(rows: list[Row]) -> None:
@@ -107,7 +104,9 @@ def test_token_counts_equal_the_plain_arms(
         return []
 
     monkeypatch.setattr("sstf.evaluation.run._summarise", keep)
-    evaluate(tiny_target, head, EvalConfig(suite=suite, max_new_tokens=20, repeats=1), NoProgress())
+    evaluate(
+        tiny_target, head, EvalConfig(suite=suite, max_new_tokens=20, repeats=1, temperatures=(0.0,)), NoProgress()
+    )
     assert list(seen) == ["plain", "ngram", "chain", "tree"]
     for records in seen.values():
         assert [r.token_ids for r in records] == [r.token_ids for r in seen["plain"]]
@@ -116,7 +115,12 @@ def test_token_counts_equal_the_plain_arms(
 
 
 def test_without_a_head_only_the_baselines(tiny_target: Target, suite: str) -> None:
-    rows = evaluate(tiny_target, None, EvalConfig(suite=suite, max_new_tokens=3, repeats=1, prompts=1), NoProgress())
+    rows = evaluate(
+        tiny_target,
+        None,
+        EvalConfig(suite=suite, max_new_tokens=3, repeats=1, temperatures=(0.0,), prompts=1),
+        NoProgress(),
+    )
     assert [(r.arm, r.category) for r in rows] == [
         ("plain", "all"), ("plain", "a"), ("ngram", "all"), ("ngram", "a"),
     ]  # fmt: skip
@@ -125,7 +129,9 @@ def test_without_a_head_only_the_baselines(tiny_target: Target, suite: str) -> N
 def test_a_method_without_a_module_is_measured_with_its_own_settings(tiny_target: Target, suite: str) -> None:
     """n-grams of 200 tokens never repeat here, so nothing is drafted; that is no broken head."""
     lookup = DraftHead("ngram", build_method(NgramConfig(min_n=200, max_n=200)))
-    config = EvalConfig(suite=suite, max_new_tokens=8, repeats=1, policies={"mine": Chain(depth=2)})
+    config = EvalConfig(
+        suite=suite, max_new_tokens=8, repeats=1, temperatures=(0.0,), policies={"mine": Chain(depth=2)}
+    )
     mine = next(r for r in evaluate(tiny_target, lookup, config, NoProgress()) if r.arm == "mine")
     assert mine.accepted_length == 1.0
     assert not (mine.void or "").startswith("broken")
@@ -134,7 +140,9 @@ def test_a_method_without_a_module_is_measured_with_its_own_settings(tiny_target
 def test_prompts_without_a_category_are_not_counted_twice(tiny_target: Target, tmp_path: Path) -> None:
     path = tmp_path / "suite.jsonl"
     path.write_text('{"prompt": "Hi"}\n{"prompt": "Hello"}\n')
-    rows = evaluate(tiny_target, None, EvalConfig(suite=str(path), max_new_tokens=3, repeats=1), NoProgress())
+    rows = evaluate(
+        tiny_target, None, EvalConfig(suite=str(path), max_new_tokens=3, repeats=1, temperatures=(0.0,)), NoProgress()
+    )
     assert [(r.arm, r.category, r.prompts) for r in rows] == [("plain", "all", 2), ("ngram", "all", 2)]
 
 
@@ -193,41 +201,6 @@ def test_void_rules() -> None:
 
 
 def test_the_plain_row_is_never_void() -> None:
-    prompt = Prompt("x", "all", (Message("user", "x"),))
     loop = replace(made("x", [1] * 20, 1.0, "all"), token_ids=[7] * 21)
-    rows = _summarise({"plain": [loop], "chain": [loop]}, [prompt], 0.0, {"plain": 0, "chain": 1}, trained=True)
+    rows = _summarise({"plain": [loop], "chain": [loop]}, ["all"], 0.0, {"plain": 0, "chain": 1}, trained=True)
     assert [(r.arm, (r.void or "")[:10]) for r in rows] == [("plain", ""), ("chain", "repetitive")]
-
-
-# ---- report ----------------------------------------------------------------------------------------------------------
-
-
-def test_report(rows: list[Row], tiny_target: Target, tmp_path: Path) -> None:
-    write_report(tmp_path, rows, tiny_target, "some/head", {"suite": "s"})
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert content["rows"] == json.loads(json.dumps([asdict(row) for row in rows]))
-    assert content["target"]["fingerprint"] == tiny_target.spec.fingerprint
-    assert (content["head"], content["eval"], content["schema"]) == ("some/head", {"suite": "s"}, 1)
-    assert content["hardware"]["threads"] == 1
-    text = (tmp_path / "report.md").read_text()
-    for section in ("# Evaluation", "## By category", "## Acceptance by draft position", "## Formulas"):
-        assert section in text.splitlines()
-    tables = [line for line in text.splitlines() if line.startswith("| ")]
-    # header + overall rows, header + categories without the plain arm, header + positions of arms that draft
-    assert len(tables) == (1 + 8) + (1 + 12) + (1 + 6)
-    tree = next(row for row in rows if row.arm == "tree")
-    line = next(line for line in tables if line.startswith("| tree | 0 |"))
-    cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2].startswith(f"{tree.accepted_length:.2f} (")
-    assert cells[3] == f"{tree.tokens_per_second:.1f}" and cells[4].startswith(f"{tree.speedup:.2f} (")
-    assert cells[7] == "100%"
-    for table in re.split(r"\n\n", text):  # every row of a table has as many cells as its header
-        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-        assert len(widths) <= 1, table
-
-
-def test_a_category_cannot_break_the_table(rows: list[Row], tiny_target: Target, tmp_path: Path) -> None:
-    odd = [replace(rows[3], category="a|b"), replace(rows[3], category="all")]
-    write_report(tmp_path, odd, tiny_target, None, {})
-    lines = (tmp_path / "report.md").read_text().splitlines()
-    assert any(line.startswith(r"| ngram | a\|b |") for line in lines)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +15,10 @@ from sstf.evaluation.metrics import (
     acceptance_rate,
     accepted_length,
     bootstrap,
+    by_context,
+    histogram,
+    intervals,
+    length_bucket,
     repetition,
     survival,
     tokens_per_second,
@@ -80,3 +86,40 @@ def test_bootstrap_holds_the_mean_and_repeats() -> None:
     assert 1.0 <= low < 4.0 < high <= 10.0
     assert bootstrap(mean, len(values), seed=3) == (low, high)
     assert bootstrap(lambda drawn: float(len(drawn)), 5) == (5.0, 5.0)
+
+
+def test_all_resamples_at_once_give_the_bootstraps_interval() -> None:
+    """Of 40 prompts: both are percentiles of the same distribution, drawn by different generators."""
+    rng = np.random.default_rng(5)
+    sums = np.stack([rng.integers(5, 30, 40), rng.integers(5, 10, 40)], 1).astype(float)
+    slow = bootstrap(lambda drawn: float(sums[drawn, 0].sum() / sums[drawn, 1].sum()), 40, rounds=4000)
+    fast = intervals(sums, lambda total: total[:, 0] / total[:, 1], rounds=4000)
+    assert fast == pytest.approx(slow, rel=0.02)
+    assert intervals(sums[:1], lambda total: total[:, 0] / total[:, 1]) == (sums[0, 0] / sums[0, 1],) * 2
+    assert fast == intervals(sums, lambda total: total[:, 0] / total[:, 1], rounds=4000), "it repeats"
+
+
+def test_histogram_by_hand() -> None:
+    assert histogram([record([1, 3, 1]), record([3])]) == [2, 0, 2]
+    assert histogram([record([])]) == []
+
+
+def test_context_by_hand() -> None:
+    """A prompt of 61 tokens: passes begin at 62, 63 and 65 tokens; one of 127: at 128."""
+    first, second = replace(record([1, 2, 3]), prompt_tokens=61), replace(record([4]), prompt_tokens=127)
+    found = [(b.low, b.high, b.passes, b.accepted_length) for b in by_context([first, second])]
+    assert found == [(0, 64, 2, 1.5), (64, 128, 1, 3.0), (128, 256, 1, 4.0)]
+
+
+@given(st.integers(0, 100_000))
+def test_every_context_is_in_one_bin(tokens: int) -> None:
+    [found] = by_context([replace(record([1]), prompt_tokens=tokens)])
+    assert found.low <= tokens + 1 < found.high
+
+
+def test_length_buckets() -> None:
+    names = [length_bucket(tokens) for tokens in (1, 128, 511, 512, 8191, 8192)]
+    assert names == [
+        "under 128 tokens", "128 to 511 tokens", "128 to 511 tokens", "512 to 2047 tokens", "2048 to 8191 tokens",
+        "8192 tokens and more",
+    ]  # fmt: skip

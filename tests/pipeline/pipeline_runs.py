@@ -60,13 +60,14 @@ def base_config(target: Path, folder: Path) -> dict[str, Any]:
             "source": {"kind": "jsonl", "path": str(folder / "conversations.jsonl")},
             "answers": {"kind": "regenerate", "max_new_tokens": 16, "group_size": 4, "slots": 4},
             "max_length": 128,
+            "filters": {"near_duplicates": None},  # the requests are a few words out of ten
         },
         "extract": {"shard_tokens": 256, "batch_tokens": 128},
         "method": {"kind": "eagle3", "ttt_steps": 2, "draft_vocab_size": 200},
         "train": {
             "steps": 4,
-            "batch_tokens": 128,
-            "learning_rate": 1e-3,
+            "step_tokens": 128,
+            "optimizer": {"learning_rate": 1e-3},
             "precision": "fp32",
             "validation_conversations": 2,
             "validate_every": 2,

@@ -10,6 +10,7 @@ import select
 import shutil
 import subprocess
 import sys
+import termios
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,12 +22,13 @@ import torch
 from rich.console import Console
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from sstf.chat import Chat, ChatConfig, TextStream, converse, find_head, introduce, open_chat
+from sstf.chat import Chat, ChatConfig, TextStream, converse, introduce, open_chat
 from sstf.cli import CHAT_OPTIONS, main
 from sstf.config_loading import load_options
 from sstf.data.chat_template import render_prompt
 from sstf.decode import Experience, SpeculativeDecoder
 from sstf.errors import ConfigError, DecodeError, HeadError
+from sstf.formats import find_head
 from sstf.methods import Eagle3Config
 from sstf.methods.checkpoint import load_head, read_head, save_head
 from sstf.methods.eagle3 import Eagle3Method
@@ -276,7 +278,7 @@ def test_piped(folder: Path, target: Target, tmp_path: Path) -> None:
         input="\n".join(said).encode() + b"\n/stats\n\xff\n",  # the last line is no text, which is nobody's fault here
         env=environment(),
         capture_output=True,
-        timeout=60,
+        timeout=300,
     )
     assert ended.returncode == 0, ended.stderr.decode()
     assert ended.stdout.decode().splitlines() == plain_answers(target, [*said, "\N{REPLACEMENT CHARACTER}"])
@@ -298,7 +300,7 @@ class Terminal:
     fd: int
     seen: str = ""
 
-    def until(self, pattern: str, timeout: float = 30) -> str:
+    def until(self, pattern: str, timeout: float = 120) -> str:
         """Wait for a pattern; what came up to its end."""
         deadline = time.monotonic() + timeout
         while not (found := re.search(pattern, self.seen, re.S)):
@@ -322,6 +324,9 @@ LAUNCH = (
 @pytest.fixture
 def terminal(folder: Path) -> Iterator[Terminal]:
     ours, theirs = pty.openpty()
+    settings = termios.tcgetattr(theirs)
+    settings[3] |= termios.NOFLSH  # or Ctrl-C throws away what was written and not yet read
+    termios.tcsetattr(theirs, termios.TCSANOW, settings)
     options = ["--target", folder / "target", "--policy", POLICY, "--max-new-tokens", 3000]
     process = subprocess.Popen(
         [sys.executable, "-c", LAUNCH, *command(folder / "head", *options)],

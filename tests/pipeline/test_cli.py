@@ -38,7 +38,9 @@ def test_every_help_has_an_example(command: str, capsys: pytest.CaptureFixture[s
         main([command, "--help"])
     assert ended.value.code == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert f"example: sstf {command} configs/smollm2-135m-instruct/demo.yaml train.learning_rate=3e-4" in words
+    assert (
+        f"example: sstf {command} configs/smollm2-135m-instruct/demo.yaml train.optimizer.learning_rate=3e-4" in words
+    )
 
 
 def test_the_example_exists() -> None:

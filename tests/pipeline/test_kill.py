@@ -38,7 +38,7 @@ class Point:
     """Where a start is killed: as soon as `reached`, which must be before `over`."""
 
     stage: str
-    reached: Callable[[Path], bool]
+    reached: Callable[[Path], bool]  # of the stage's folder; for data, of what was generated
     over: Callable[[Path], bool]
 
 
@@ -80,10 +80,11 @@ def start(config: Path) -> subprocess.Popen[bytes]:
 
 def kill_at(point: Point, run: Run, config: Path) -> None:
     folder = run.folder(point.stage)
+    works_in = run.generated if point.stage == "data" else folder
     process = start(config)
     deadline = time.monotonic() + TIMEOUT_S
     try:
-        while not (folder.exists() and point.reached(folder)):
+        while not (works_in.exists() and point.reached(works_in)):
             ended = process.poll()
             assert ended is None, f"ended with {ended} before {point.stage}: {(config.parent / 'log.txt').read_text()}"
             assert time.monotonic() < deadline, f"{point.stage} was not reached within {TIMEOUT_S:.0f} s"
@@ -147,7 +148,7 @@ def test_an_interrupt_is_one_sentence(tiny_target_folder: Path, tmp_path: Path, 
     config = tmp_path / "run.yaml"
     base = merge(base_config(tiny_target_folder, tmp_path), {"data.answers.max_new_tokens": 60})
     config.write_text(yaml.safe_dump(base))
-    folder = open_run(config).folder("data")
+    folder = open_run(config).generated
     process = start(config)
     while not (folder / "answers-00000.jsonl").exists():
         assert process.poll() is None, (tmp_path / "log.txt").read_text()

@@ -24,11 +24,17 @@ from sstf.methods.checkpoint import read_head
 from sstf.pipeline import STAGES
 
 FILES = {
-    "data": ["tokens.safetensors", "tokens.json", "conversations.jsonl", "report.json", "answers-00002.jsonl"],
+    "data": ["tokens.safetensors", "tokens.json", "conversations.jsonl", "report.json", "lint.json"],
     "extract": ["manifest.json", "frozen.safetensors", "shard-00000.safetensors"],
     "train": ["head/head.safetensors", "head/head.json", "metrics.jsonl", "checkpoints/step-00000004/progress.json"],
-    "eval": ["report.json", "report.md"],
-    "export": ["vllm/model.safetensors", "vllm/config.json", "sglang/model.safetensors", "sglang/config.json"],
+    "eval": ["report.json", "report.md", "report.html", "rejections.json"],
+    "export": [
+        "vllm/model.safetensors",
+        "vllm/config.json",
+        "sglang/model.safetensors",
+        "sglang/config.json",
+        "speculators/config.json",
+    ],
 }
 
 
@@ -48,26 +54,35 @@ def test_a_whole_run_leaves_every_file(finished: Path) -> None:
         folder = run.folder(stage)
         for name in [*files, "config.yaml", "done.json"]:
             assert (folder / name).is_file(), f"{stage}: {name}"
+    assert [path.name for path in sorted(run.generated.iterdir())] == [f"answers-0000{i}.jsonl" for i in range(3)]
     assert run.summary("data") == {
         "conversations": 12,
         "tokens": FeatureStore(run.folder("extract")).tokens,
         # 12 first answers and 4 second ones, none of which ends before its 16 tokens unless with an end token
         "trained_tokens": sum(sum(s.loss_mask) for s in TokenStore(run.folder("data")).read()),
+        "dropped": {},
     }
-    assert run.summary("extract") == {
+    extracted = run.summary("extract")
+    assert extracted is not None and 0.3 < extracted.pop("argmax_share") <= 1
+    assert extracted == {
         "conversations": 12,
         "tokens": FeatureStore(run.folder("extract")).tokens,
         "layers": [1, 3, 4],  # 1, 8 // 2 - 1 and 8 - 4
     }
     trained = run.summary("train")
     assert trained is not None and trained["steps"] == 4 and trained["processes"] == 1
+    assert trained["parity"]["verdict"] == "pass"
+    names = [rung["name"] for rung in trained["parity"]["rungs"]]
+    assert names[:3] == ["trainer", "reloaded", "export vllm"]
     evaluated = run.summary("eval")
-    assert evaluated is not None and [row["arm"] for row in evaluated["rows"]] == ["plain", "ngram", "chain", "tree"]
-    assert run.summary("export") == {"engines": ["vllm", "sglang"]}
+    assert (
+        evaluated is not None and [row["arm"] for row in evaluated["rows"]] == ["plain", "ngram", "chain", "tree"] * 2
+    )
+    assert run.summary("export") == {"engines": ["vllm", "sglang", "speculators"]}
 
 
 def test_a_finished_run_does_nothing_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_target", refuse)
+    monkeypatch.setattr(pipeline, "load_configured", refuse)
     monkeypatch.setattr(pipeline, "read_head", refuse)
     head = open_run(finished).folder("train") / "head" / "head.safetensors"
     written = head.stat().st_mtime_ns
@@ -80,7 +95,7 @@ def test_a_finished_run_does_nothing_again(finished: Path, monkeypatch: pytest.M
 @pytest.mark.parametrize(
     ("override", "stages"),
     [
-        ("train.learning_rate=2e-3", ["train", "eval", "export"]),
+        ("train.optimizer.learning_rate=2e-3", ["train", "eval", "export"]),
         ("seed=5", ["train", "eval", "export"]),
         ("method.ttt_steps=3", ["train", "eval", "export"]),
         ("method.layers=[2, 4, 6]", ["extract", "train", "eval", "export"]),
@@ -93,6 +108,7 @@ def test_a_finished_run_does_nothing_again(finished: Path, monkeypatch: pytest.M
         ("train.log_every=3", []),
         ("train.checkpoint_every=3", []),
         ("train.keep_last=5", []),
+        ("train.parity=false", []),
         ("name=other", []),
     ],
 )
@@ -124,8 +140,8 @@ def test_other_weights_in_the_same_folder_are_another_target(
 
 
 def test_only_the_changed_stages_run(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "load_target", refuse)
-    run = open_run(finished, "train.steps=2")
+    monkeypatch.setattr(pipeline, "load_configured", refuse)
+    run = open_run(finished, "train.steps=2", "train.parity=false")
     run.up_to("export")
     assert read_head(run.folder("train") / "head").run["step"] == 2
     assert run.folder("data") == open_run(finished).folder("data")
@@ -203,7 +219,7 @@ def test_a_method_without_training_is_evaluated(write_config: WriteConfig) -> No
     run = open_run(config)
     run.up_to("eval")
     summary = run.summary("eval")
-    assert summary is not None and [row["arm"] for row in summary["rows"]] == ["plain", "ngram", "mine"]
+    assert summary is not None and [row["arm"] for row in summary["rows"]] == ["plain", "ngram", "mine"] * 2
     assert not (run.config.folder / "data").exists()  # evaluation needs nothing else
     for stage in ("extract", "train", "export"):
         with pytest.raises(ConfigError, match=r"method\.kind=ngram needs no training"):
@@ -212,7 +228,7 @@ def test_a_method_without_training_is_evaluated(write_config: WriteConfig) -> No
         run.train_only()
     # Its settings decide its result, those of stages that it does not need do not.
     assert open_run(config, "method.max_n=4").keys["eval"] != run.keys["eval"]
-    assert open_run(config, "train.learning_rate=1e-5", "data.max_length=64").keys["eval"] == run.keys["eval"]
+    assert open_run(config, "train.optimizer.learning_rate=1e-5", "data.max_length=64").keys["eval"] == run.keys["eval"]
 
 
 def test_training_alone_needs_the_features(write_config: WriteConfig) -> None:

@@ -112,6 +112,19 @@ def test_rows_at_positions_of_their_own(tiny_target: Target) -> None:
             torch.testing.assert_close(found[i, 0], logits_of(tiny_target, [*text, 99])[-1], atol=1e-5, rtol=1e-4)
 
 
+def test_neighbouring_rows_are_read_without_a_copy(tiny_target: Target) -> None:
+    cache = tiny_target.new_cache(10, batch=4)
+    layer, states = cache.layers[0], torch.randn(2, 2, 3, 16)
+    positions, rows = torch.arange(3).expand(2, 3), torch.tensor([1, 2])
+    for block in (None, slice(1, 3)):
+        cache.write_rows(rows, positions, 3, block)
+        keys, values = layer.update(states, 2 * states)
+        assert torch.equal(keys, states) and torch.equal(values, 2 * states)
+        assert layer.keys is not None
+        shared = keys.untyped_storage().data_ptr() == layer.keys.untyped_storage().data_ptr()
+        assert shared == (block is not None)
+
+
 def test_causal_mask_by_hand() -> None:
     mask = causal_mask(torch.tensor([[0, 1], [2, 3]]), 4)
     assert mask.shape == (2, 2, 4)

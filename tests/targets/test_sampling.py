@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from sstf.data.regenerate import Sampler
-from sstf.errors import DataError
+from sstf.errors import DataError, TargetError
 from sstf.targets import Target
 from sstf.targets.sampling import BatchSampler
 from sstf.types import Sampled, SamplingParams
@@ -100,3 +100,21 @@ def test_limits(tiny_target: Target) -> None:
     with pytest.raises(DataError, match="prompt 0 has max_new_tokens 0; expected at least 1"):
         sampler.sample([[5]], [SamplingParams(max_new_tokens=0)], 4)
     assert len(sampler.sample([[5] * 246], [SamplingParams(max_new_tokens=10)], 4)[0].token_ids) <= 10
+
+
+def test_results_do_not_depend_on_what_the_sampler_wrote_before(tiny_target: Target) -> None:
+    prompts = make_prompts(5)
+    params = [SamplingParams(temperature=0.7 * (i % 2), top_p=0.9, max_new_tokens=6, seed=i) for i in range(5)]
+    expected = BatchSampler(tiny_target).sample(prompts, params, 3)
+    used = BatchSampler(tiny_target)
+    longer = [SamplingParams(max_new_tokens=40)] * 5
+    used.sample([prompt * 4 for prompt in prompts], longer, 3)  # leaves a larger cache, full of other texts
+    cache = used._cache
+    assert used.sample(prompts, params, 3) == expected
+    assert used._cache is cache
+
+
+def test_a_recurrent_target_is_refused(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny_target, "layer_kinds", ("attention", "recurrent"))
+    with pytest.raises(TargetError, match="let a server do it"):
+        BatchSampler(tiny_target)

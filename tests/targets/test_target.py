@@ -110,19 +110,17 @@ def test_targets_that_cannot_be_loaded(
 def test_draft_vocab_by_hand() -> None:
     frequencies = torch.tensor([4, 0, 9, 4, 1, 4])
     assert choose_draft_vocab(frequencies, 3).tolist() == [0, 2, 3]  # 9, and of the three 4s the smaller ids
-    assert choose_draft_vocab(frequencies, 3, always=[1]).tolist() == [0, 1, 2]
+    # Of the three 4s those with the higher second score.
+    assert choose_draft_vocab(frequencies, 3, then=torch.tensor([0, 9, 0, 2, 9, 3])).tolist() == [2, 3, 5]
     assert choose_draft_vocab(frequencies, 99).tolist() == [0, 1, 2, 3, 4, 5]
     assert frequencies.tolist() == [4, 0, 9, 4, 1, 4]
     assert coverage(frequencies, torch.tensor([0, 2])) == pytest.approx(13 / 22)
     assert coverage(torch.zeros(3, dtype=torch.int64), torch.tensor([0])) == 0.0
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 40), st.data())
-def test_draft_vocab_is_the_best_choice(counts: list[int], size: int, data: st.DataObject) -> None:
-    always = data.draw(st.sets(st.integers(0, len(counts) - 1), max_size=size))
-    chosen = choose_draft_vocab(torch.tensor(counts), size, always).tolist()
-    assert chosen == sorted(set(chosen)) and len(chosen) == min(size, len(counts))
-    assert always <= set(chosen)
-    others = sorted((counts[i] for i in range(len(counts)) if i not in always), reverse=True)
-    free = len(chosen) - len(always)
-    assert sorted((counts[i] for i in chosen if i not in always), reverse=True) == others[:free]
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 3)), min_size=1, max_size=30), st.integers(1, 40))
+def test_draft_vocab_is_the_best_choice(scores: list[tuple[int, int]], size: int) -> None:
+    first, then = torch.tensor([a for a, _ in scores]).double(), torch.tensor([b for _, b in scores])
+    chosen = choose_draft_vocab(first, size, then).tolist()
+    best = sorted(range(len(scores)), key=lambda i: (-scores[i][0], -scores[i][1], i))
+    assert chosen == sorted(best[:size])

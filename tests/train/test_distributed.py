@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
+import pytest
 import torch
+from launching import ARGUMENTS, launch
 from safetensors.torch import load_file
 from tiny_store import make_trainer, metrics, train, train_config
 
@@ -17,24 +16,9 @@ from sstf.features import FeatureStore
 from sstf.methods.checkpoint import read_head
 from sstf.pipeline import load_run
 
-ROOT = Path(__file__).parents[2]
-CPU_2 = ROOT / "configs" / "accelerate" / "cpu-2.yaml"
-
-
-def launch(*arguments: str) -> subprocess.CompletedProcess[str]:
-    paths = [str(ROOT), str(Path(__file__).parent)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
-    return subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-
 
 def test_two_processes_train_the_same_head_as_one(store: FeatureStore, tmp_path: Path) -> None:
-    config = train_config(batches_per_step=2)
+    config = train_config(step_tokens=128)
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
     train(store, one, config)
     # A run that one process began and two go on with.
@@ -44,9 +28,10 @@ def test_two_processes_train_the_same_head_as_one(store: FeatureStore, tmp_path:
     begun._checkpoint()
 
     script = str(Path(__file__).with_name("two_processes.py"))
-    done = launch("--config_file", str(CPU_2), script, str(store.folder), str(two), str(resumed))
+    done = launch(*ARGUMENTS["ddp"], script, str(store.folder), str(two), str(resumed))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert json.loads((two / "summary.json").read_text())["processes"] == 2
+    started = json.loads((two / "summary.json").read_text())
+    assert (started["processes"], started["kind"], started["backend"]) == (2, "ddp", "gloo")
 
     last = "checkpoints/step-00000012/head.safetensors"
     expected = load_file(one / last)
@@ -75,7 +60,10 @@ def test_a_launch_that_falls_back_to_one_process_is_refused(tmp_path: Path) -> N
     assert not (tmp_path / "runs").exists()
 
 
-def test_the_training_stage_of_a_run_on_two_processes(tiny_target_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kind", ["ddp", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("fsdp2", "zero1", "zero2", "zero3"))]
+)
+def test_the_training_stage_of_a_run_on_two_processes(kind: str, tiny_target_folder: Path, tmp_path: Path) -> None:
     """`sstf extract`, then the launcher: the stage is marked as finished, with what the processes trained."""
     rows = [
         {
@@ -99,14 +87,14 @@ data:
   answers: {{kind: keep}}
   max_length: 128
 method: {{kind: eagle3, ttt_steps: 2, draft_vocab_size: 200}}
-train: {{steps: 4, batch_tokens: 128, batches_per_step: 2, precision: fp32, validation_conversations: 3}}
+train: {{steps: 4, step_tokens: 256, precision: fp32, validation_conversations: 3}}
 """
     )
     run = load_run(config, [], NoProgress())
     run.up_to("extract")
-    done = launch("--config_file", str(CPU_2), "--module", "sstf.train", str(config))
+    done = launch(*ARGUMENTS[kind], "--module", "sstf.train", str(config))
     assert done.returncode == 0, done.stderr[-3000:]
     summary = run.summary("train")
     assert summary is not None
-    assert (summary["processes"], summary["steps"]) == (2, 4)
+    assert (summary["kind"], summary["processes"], summary["steps"]) == (kind, 2, 4)
     assert read_head(run.folder("train") / "head").run["step"] == summary["best_step"]

@@ -20,6 +20,7 @@ from sstf.types import TokenSample
 
 METHOD = Eagle3Config(ttt_steps=3, draft_vocab_size=200)
 PROMPT = 6
+PACE = ("tokens_per_second", "waiting_share", "eta_seconds", "memory_gib")
 
 
 def pinned_target(tokenizer: PreTrainedTokenizerBase) -> Target:
@@ -57,15 +58,22 @@ def own_answers(target: Target, count: int, seed: int = 1) -> list[TokenSample]:
 
 def make_store(target: Target, samples: list[TokenSample], folder: Path) -> FeatureStore:
     spec = Eagle3Method(METHOD).feature_spec(target.spec)
-    extract(target, samples, spec, ExtractConfig(shard_tokens=256, batch_tokens=128), folder, NoProgress())
+    extract(
+        target,
+        samples,
+        spec,
+        ExtractConfig(codec="bf16", compression="none", shard_tokens=256, batch_tokens=128),
+        folder,
+        NoProgress(),
+    )
     return FeatureStore(folder)
 
 
 def train_config(**changes: Any) -> TrainConfig:
     fields: dict[str, Any] = {
         "steps": 12,
-        "batch_tokens": 64,
-        "learning_rate": 2e-3,
+        "step_tokens": 64,
+        "optimizer": {"learning_rate": 2e-3},
         "precision": "fp32",
         "validation_conversations": 4,
         "validate_every": 3,
@@ -84,9 +92,9 @@ def train(store: FeatureStore, folder: Path, config: TrainConfig | None = None) 
 
 
 def metrics(folder: Path) -> list[dict[str, float]]:
-    """The logged figures, without the one that is a time."""
+    """The logged figures, without those of time and memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    return [{name: value for name, value in row.items() if name != "tokens_per_second"} for row in rows]
+    return [{name: value for name, value in row.items() if name not in PACE} for row in rows]
 
 
 def head_bytes(folder: Path) -> bytes:

@@ -1,0 +1,50 @@
+"""The `speculators` library loads the export in its form, and computes our draft logits with it."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import Learned
+from safetensors.torch import load_file, save_file
+
+from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures
+from sstf.formats import export_eagle3, load_any
+from sstf.heads import Eagle3Head
+from sstf.methods.checkpoint import read_head
+from sstf.parity.trace import trace_drafting
+
+pytestmark = pytest.mark.engine
+STEPS = 3
+
+
+def test_speculators_computes_our_logits(speculators: Path, learned: Learned, tmp_path: Path) -> None:
+    stored, target = read_head(learned.head), learned.target
+    embeddings = target.frozen_head.embeddings
+    export_eagle3(stored, "speculators", tmp_path / "export", str(target.model.name_or_path), embeddings)
+    source = OnlineFeatures(target, [learned.texts[0].sample("t")], FeatureSpec(stored.layers), ExtractConfig())
+    batch = source.batch([0])
+    probe = {"features": batch.features.float(), "tokens": batch.input_ids}
+    save_file(probe, tmp_path / "probe.safetensors")
+    done = subprocess.run(
+        [speculators / "bin/python", Path(__file__).with_name("speculators_logits.py"), tmp_path, str(STEPS)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = load_file(tmp_path / "logits.safetensors")
+    theirs = found["logits"]  # [steps, seq, draft_vocab]
+    assert found["layers"].tolist() == [layer + 1 for layer in stored.layers]  # the residual stream after k layers
+
+    module = load_any(tmp_path / "export", target).module
+    assert isinstance(module, Eagle3Head)
+    rows = torch.arange(len(batch.input_ids) - STEPS)  # behind them, steps read tokens that are not there
+    ours = trace_drafting(module, probe["features"], batch.input_ids, rows, STEPS)
+    for step in range(STEPS):
+        expected = ours.values[f"logits.{step}"]
+        torch.testing.assert_close(theirs[step, rows], expected, atol=2e-2, rtol=1e-3)
+        assert torch.equal(module.draft_tokens[theirs[step, rows].argmax(-1)], ours.drafted[step])

@@ -1,0 +1,174 @@
+"""A whole measurement on the tiny target, and its report in every form."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, replace
+from importlib import resources
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+
+from sstf.data.progress import NoProgress
+from sstf.evaluation import EvalConfig, Evaluation, measure, write_report
+from sstf.evaluation.report import training_curve
+from sstf.methods import Eagle3Config, TrainableMethod, build_method
+from sstf.methods.checkpoint import DraftHead
+from sstf.targets import Target
+from sstf.trees import Chain, DynamicTree
+
+SCHEMA = json.loads(resources.files("sstf.evaluation").joinpath("report.schema.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def suite(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("suite") / "suite.jsonl"
+    rows: list[dict[str, Any]] = [
+        {"id": "hi", "prompt": "Hi", "category": "a"},
+        {"id": "hello", "prompt": "Hello user", "category": "b", "mode": "thinking"},
+        {"id": "long", "prompt": "moon " * 28, "category": "a"},
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def config(suite: str) -> EvalConfig:
+    policies = {"chain": Chain(depth=2), "tree": DynamicTree(depth=3, top_k=3, total_tokens=8)}
+    return EvalConfig(suite=suite, max_new_tokens=24, repeats=2, policies=policies)
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny_target: Target, config: EvalConfig) -> Evaluation:
+    """Of an untrained head with half the vocabulary."""
+    method = build_method(Eagle3Config(draft_vocab_size=150))
+    assert isinstance(method, TrainableMethod)
+    torch.manual_seed(0)
+    module = method.build_head(tiny_target.spec, tiny_target.frozen_head, torch.arange(0, 300, 2))
+    head = DraftHead("untrained", method, module.eval().requires_grad_(False))
+    return measure(tiny_target, head, config, NoProgress(), seed=1)
+
+
+def test_rejections_are_the_passes_that_a_draft_did_not_fill(evaluation: Evaluation) -> None:
+    """Of a chain: every pass shorter than depth + 1, of the first repeat; the last pass of a text may be cut short."""
+    [histogram] = [d.histogram for d in evaluation.distributions if (d.arm, d.temperature) == ("chain", 0.0)]
+    short = sum(histogram[:2]) / 2  # two repeats of greedy decoding say the same
+    found = sum(evaluation.rejections.counts["chain"].values())
+    assert short - 3 <= found <= short and found > 10
+    assert set(evaluation.rejections.counts) == {"chain", "tree"}
+    assert {one.position for one in evaluation.rejections.kept if one.arm == "chain"} <= {1, 2}
+
+
+def test_rejected_tokens_are_what_greedy_decoding_would_not_say(evaluation: Evaluation) -> None:
+    for one in evaluation.rejections.kept:
+        assert one.drafted_prob <= one.emitted_prob + 1e-4
+        assert one.causes
+    outside = [one for one in evaluation.rejections.kept if one.causes[0] == "outside the draft vocabulary"]
+    assert outside, "half the tokens cannot be drafted"
+
+
+def test_limits_hold(evaluation: Evaluation) -> None:
+    assert [(one.arm, one.temperature) for one in evaluation.limits] == [
+        ("chain", 0.0), ("tree", 0.0), ("chain", 1.0), ("tree", 1.0),
+    ]  # fmt: skip
+    rows = {(r.arm, r.temperature): r for r in evaluation.rows if r.category == "all"}
+    for one in evaluation.limits:
+        row = rows[one.arm, one.temperature]
+        assert one.ceiling == row.accepted_length
+        assert row.accepted_length / (one.draft_cost + one.verify_cost + one.host_cost) == pytest.approx(row.speedup)
+        assert one.vocabulary_cap is not None and 0 < one.vocabulary_cap < 1
+        assert (one.tree_oracle is None) == (one.temperature == 0)
+        assert (one.constant_rate is None) == (one.arm == "tree")
+
+
+def test_groups(evaluation: Evaluation) -> None:
+    assert {r.category for r in evaluation.by_mode} == {"all", "default", "thinking"}
+    assert {r.category for r in evaluation.by_length} == {"all", "under 128 tokens", "128 to 511 tokens"}
+    counts = {r.category: r.prompts for r in evaluation.by_length}
+    assert counts == {"all": 3, "under 128 tokens": 2, "128 to 511 tokens": 1}
+    assert list(evaluation.costs) == [1] and set(evaluation.seconds) == {"decoding", "analysis", "costs"}
+
+
+def test_figures_by_prompt_add_up(evaluation: Evaluation) -> None:
+    for row in evaluation.rows:
+        own = [p for p in evaluation.prompts if (p.arm, p.temperature) == (row.arm, row.temperature)]
+        if row.category == "all":
+            assert sum(p.tokens for p in own) / sum(p.passes for p in own) == pytest.approx(row.accepted_length)
+    for one in evaluation.distributions:
+        own = [p for p in evaluation.prompts if (p.arm, p.temperature) == (one.arm, one.temperature)]
+        assert sum(one.histogram) == sum(b.passes for b in one.by_context) == sum(p.passes for p in own)
+        assert sum(n * count for n, count in enumerate(one.histogram, 1)) == sum(p.tokens for p in own)
+        assert all(before.high <= after.low for before, after in pairwise(one.by_context))
+
+
+def test_json(evaluation: Evaluation, config: EvalConfig, tiny_target: Target, tmp_path: Path) -> None:
+    head = tmp_path / "train" / "key" / "head"
+    head.mkdir(parents=True)
+    line = {"step": 20, "val/simulated_accepted_length": 1.5}
+    (head.parent / "metrics.jsonl").write_text(json.dumps({"step": 10, "loss": 1}) + "\n" + json.dumps(line) + '\n{"st')
+    write_report(tmp_path / "eval", evaluation, tiny_target, str(head), config.model_dump(mode="json"))
+    content = json.loads((tmp_path / "eval" / "report.json").read_text())
+    jsonschema.validate(content, SCHEMA)
+    assert content["rows"] == json.loads(json.dumps([asdict(row) for row in evaluation.rows]))
+    assert content["target"]["fingerprint"] == tiny_target.spec.fingerprint
+    assert content["training"] == [[20, 1.5]]
+    assert "moon" not in json.dumps(content), "a published report carries no text"
+    shown = json.loads((tmp_path / "eval" / "rejections.json").read_text())
+    assert len(shown) == len(evaluation.rejections.kept) and "before" in shown[0]
+
+
+def test_the_schema_is_strict(evaluation: Evaluation, tiny_target: Target, tmp_path: Path) -> None:
+    content = json.loads(json.dumps(write_report(tmp_path, evaluation, tiny_target, None, {})))
+    jsonschema.validate(content, SCHEMA)
+    for spoilt in (
+        content | {"schema": 1},
+        content | {"extra": 1},
+        content | {"rows": [content["rows"][0] | {"survival": [1.2]}]},
+        content | {"rows": [{k: v for k, v in content["rows"][0].items() if k != "void"}]},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            jsonschema.validate(spoilt, SCHEMA)
+
+
+def test_no_log_no_curve(tmp_path: Path) -> None:
+    assert training_curve(tmp_path / "metrics.jsonl") is None
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    assert training_curve(tmp_path / "metrics.jsonl") is None
+
+
+def test_markdown(evaluation: Evaluation, tiny_target: Target, tmp_path: Path) -> None:
+    write_report(tmp_path, evaluation, tiny_target, "some/head", {"suite": "s"})
+    text = (tmp_path / "report.md").read_text()
+    for section in (
+        "# Evaluation",
+        "## By category",
+        "## By mode",
+        "## By prompt length",
+        "## Acceptance by draft position",
+        "## Limits",
+        "## Why drafts were rejected (temperature 0)",
+        "## Formulas",
+    ):
+        assert section in text.splitlines()
+    tree = next(row for row in evaluation.rows if row.arm == "tree")
+    line = next(line for line in text.splitlines() if line.startswith("| tree | 0 |"))
+    cells = [cell.strip() for cell in line.strip("|").split("|")]
+    assert cells[2].startswith(f"{tree.accepted_length:.2f} (")
+    assert cells[3] == f"{tree.tokens_per_second:.1f}" and cells[4].startswith(f"{tree.speedup:.2f} (")
+    assert cells[8] == "100%"
+    for table in re.split(r"\n\n", text):  # every row of a table has as many cells as its header
+        widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
+        assert len(widths) <= 1, table
+
+
+def test_a_category_cannot_break_the_table(evaluation: Evaluation, tiny_target: Target, tmp_path: Path) -> None:
+    row = next(r for r in evaluation.rows if r.arm == "tree")
+    odd = replace(evaluation, rows=[replace(row, category="a|b"), replace(row, category="all")])
+    write_report(tmp_path, odd, tiny_target, None, {})
+    lines = (tmp_path / "report.md").read_text().splitlines()
+    assert any(line.startswith(r"| tree | a\|b |") for line in lines)
