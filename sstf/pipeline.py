@@ -116,7 +116,7 @@ class Run:
             "extract": [
                 config.extract.identity(),
                 # Only what decides which states are read: another learning objective keeps the features.
-                config.method.model_dump(mode="json", include={"kind", "layers"}),
+                config.method.model_dump(mode="json", include={"kind", *config.method.reads}),
             ],
             "train": [
                 config.method.model_dump(mode="json"),
@@ -502,7 +502,7 @@ class Run:
         assert isinstance(method, TrainableMethod)
         launch, real_decode = open_launch(), None
         if config.train.real_decode and launch.is_main:
-            real_decode = RealDecode(self.target, method.unrolls, config.train.real_decode)
+            real_decode = RealDecode(self.target, method.positions, config.train.real_decode)
         return Trainer(self._features(), method, config.method, config.train, folder, config.seed, real_decode, launch)
 
     def _features(self) -> FeatureSource:

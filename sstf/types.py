@@ -112,19 +112,23 @@ class FeatureBatch:
     labels: Tensor  # [seq] int64, x_{t+2}
     loss_mask: Tensor  # [seq] bool, True where x_{t+2} was written by the assistant
     lengths: tuple[int, ...]  # rows of each document, one or more; they add up to seq
+    # One a document, for methods that train on a random part of the rows: another in every step of a training, and
+    # the same wherever the document stands. Empty where nobody draws.
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class StepOutput:
     """What a method's `loss` returns for one batch, summed and not yet divided, so that the trainer can normalise by
-    the GLOBAL number of valid tokens. Row i belongs to test-time-training step i (draft position i)."""
+    the GLOBAL number of valid tokens. Row i belongs to draft position i, which EAGLE-3 calls test-time-training step i.
+    There are `TrainableMethod.positions` of them, whether a batch has rows for them or not."""
 
-    loss: Tensor  # scalar, sum over steps and valid tokens of weight * per-token loss; carries the graph
-    valid: Tensor  # [ttt_steps] float32, number of valid tokens
-    losses: Tensor  # [ttt_steps] float32, unweighted sum of per-token losses, detached
-    hits: Tensor  # [ttt_steps] float32, tokens where the draft's argmax is the teacher's argmax, detached
-    overlap: Tensor  # [ttt_steps] float32, sum over tokens of sum_v min(target_probs, draft_probs), detached
-    chain_hits: Tensor  # [ttt_steps, anchors] bool, hits of the chains that lie wholly in supervised text
+    loss: Tensor  # scalar, sum over positions and valid tokens of weight * per-token loss; carries the graph
+    valid: Tensor  # [position] float32, number of valid tokens
+    losses: Tensor  # [position] float32, unweighted sum of per-token losses, detached
+    hits: Tensor  # [position] float32, tokens where the draft's argmax is the teacher's argmax, detached
+    overlap: Tensor  # [position] float32, sum over tokens of sum_v min(target_probs, draft_probs), detached
+    chain_hits: Tensor  # [position, anchors] bool, hits of the chains that lie wholly in supervised text
 
 
 @dataclass(frozen=True)

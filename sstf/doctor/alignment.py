@@ -124,7 +124,7 @@ def check_accepted_length(bench: Bench) -> Check:
     found = bench.accepted_length()
     verdict: Verdict = "pass" if found >= BROKEN_BELOW else "warn"
     rows = int(bench.probe.answer.sum())
-    text = f"{found:.2f} tokens a verify pass, chain of {bench.method.unrolls}, {rows:,} positions"
+    text = f"{found:.2f} tokens a verify pass, chain of {bench.method.positions}, {rows:,} positions"
     return ACCEPTED_LENGTH.answer(verdict, text, {"accepted_length": found})
 
 

@@ -22,6 +22,7 @@ would have to be drafted before the target has emitted anything.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -91,7 +92,7 @@ def to_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
         return {key: t.to(device, non_blocking=True) for key, t in vars(holder).items() if isinstance(t, Tensor)}
 
     teacher = type(batch.teacher)(**moved(batch.teacher))
-    return FeatureBatch(**moved(batch), teacher=teacher, lengths=batch.lengths)
+    return replace(batch, **moved(batch), teacher=teacher)
 
 
 def split(source: FeatureSource, validation: int, seed: int) -> tuple[list[int], list[int]]:

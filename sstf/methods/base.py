@@ -19,6 +19,8 @@ from sstf.targets import FrozenHead, TargetSpec
 from sstf.trees import AnyTree, DraftContext
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
+WHOLE_VOCABULARY = 1 << 30  # more than any target has
+
 
 @dataclass(frozen=True)
 class News:
@@ -31,6 +33,14 @@ class News:
     tokens: list[int]
     # [seq, taps]: row j is of the position that predicted tokens[j]; taps is 0 for a method that reads none
     features: Float[Tensor, "seq taps"]
+
+
+@dataclass(frozen=True)
+class DraftLimits:
+    """What a method can draft at all."""
+
+    depth: int | None = None  # of the deepest node; None: no limit
+    trees: bool = True  # several children of one node; else chains alone
 
 
 class Drafter(Protocol):
@@ -60,6 +70,10 @@ class Drafter(Protocol):
 class DraftMethod(Protocol):
     """A way to propose continuations."""
 
+    @property
+    def limits(self) -> DraftLimits:
+        """What it can draft; a policy beyond it is refused before work."""
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """Which target layers it reads. Raises ConfigError when the target lacks them."""
 
@@ -79,7 +93,11 @@ class TrainableMethod(DraftMethod, Protocol):
 
     @property
     def draft_vocab_size(self) -> int:
-        """Tokens that the head can propose."""
+        """Tokens that the head can propose; `WHOLE_VOCABULARY` for all that the target has."""
+
+    @property
+    def positions(self) -> int:
+        """Draft positions that the loss teaches and reports, see `StepOutput`."""
 
     @property
     def unrolls(self) -> int:

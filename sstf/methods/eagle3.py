@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -22,7 +22,7 @@ from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import CHUNK, Kl, Objective, Teacher, Teachers, fused_distill, teacher, top_k_teacher
-from sstf.methods.base import News
+from sstf.methods.base import DraftLimits, News
 from sstf.row_blocks import filled, missing
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
@@ -42,6 +42,7 @@ class Eagle3Config(Section):
     """
 
     kind: Literal["eagle3"] = "eagle3"
+    reads: ClassVar[tuple[str, ...]] = ("layers",)  # settings that decide which states are extracted
     layers: tuple[int, ...] | None = Field(default=None, min_length=1)
     draft_vocab_size: int = Field(default=8192, ge=16)
     ttt_steps: int = Field(default=7, ge=1, le=16)
@@ -106,9 +107,19 @@ class Eagle3Method:
         return self.config.draft_vocab_size
 
     @property
-    def unrolls(self) -> int:
+    def positions(self) -> int:
         """Steps of test-time training."""
         return self.config.ttt_steps
+
+    @property
+    def unrolls(self) -> int:
+        """Each step runs the layer."""
+        return self.config.ttt_steps
+
+    @property
+    def limits(self) -> DraftLimits:
+        """None: the head feeds itself."""
+        return DraftLimits()
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -16,7 +16,7 @@ from torch import nn
 
 from sstf.config_loading import Section
 from sstf.features.spec import FeatureSpec
-from sstf.methods.base import News
+from sstf.methods.base import DraftLimits, News
 from sstf.targets import TargetSpec
 from sstf.trees import AnyTree, DraftContext
 from sstf.types import DraftTree
@@ -26,6 +26,7 @@ class NgramConfig(Section):
     """Matches of `max_n` tokens are tried first, then shorter ones down to `min_n`."""
 
     kind: Literal["ngram"] = "ngram"
+    reads: ClassVar[tuple[str, ...]] = ()
     min_n: int = Field(default=2, ge=1)
     max_n: int = Field(default=4, ge=1)
 
@@ -41,6 +42,11 @@ class NgramMethod:
 
     def __init__(self, config: NgramConfig) -> None:
         self.config = config
+
+    @property
+    def limits(self) -> DraftLimits:
+        """Chains."""
+        return DraftLimits(trees=False)
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """No layers: it reads tokens alone."""

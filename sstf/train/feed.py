@@ -91,8 +91,11 @@ class Feed:
         batch = self.source.batch(conversations)
         if not supervised:
             batch = unsupervised(batch)
+        # One a conversation, so that what is drawn does not depend on which of them meet in a batch.
+        at = -1 if step is None else step
+        batch = replace(batch, seeds=tuple((self.seed * 1_000_003 + at) * 1_000_003 + i for i in conversations))
         if self.noise and step is not None:
-            batch = noisy(batch, self.noise, [(self.seed * 1_000_003 + step) * 1_000_003 + i for i in conversations])
+            batch = noisy(batch, self.noise)
         return to_device(batch, self.launch.device)
 
 
@@ -107,13 +110,10 @@ def unsupervised(batch: FeatureBatch) -> FeatureBatch:
     return replace(batch, teacher=nothing, loss_mask=torch.zeros_like(batch.loss_mask))
 
 
-def noisy(batch: FeatureBatch, share: float, seeds: Sequence[int]) -> FeatureBatch:
-    """Normal noise on the features, whose deviation is `share` of the root mean square of each row.
-
-    One seed a conversation, so that the noise does not depend on which of them meet in a batch.
-    """
+def noisy(batch: FeatureBatch, share: float) -> FeatureBatch:
+    """Normal noise on the features, whose deviation is `share` of the root mean square of each row."""
     parts = []
-    for rows, seed in zip(batch.features.split(list(batch.lengths)), seeds, strict=True):
+    for rows, seed in zip(batch.features.split(list(batch.lengths)), batch.seeds, strict=True):
         generator = torch.Generator().manual_seed(seed % (1 << 63))
         size = rows.float().square().mean(-1, keepdim=True).sqrt()
         parts.append(torch.randn(rows.shape, generator=generator) * (share * size) + rows)

@@ -260,12 +260,12 @@ class Trainer:
         return figures
 
     def _accumulate(self, step: int, asked_to_stop: bool) -> Tensor:
-        """Gradients of a step, in the parameters; and over all processes its sums [4 * ttt_steps], with how many
+        """Gradients of a step, in the parameters; and over all processes its sums [4 * positions], with how many
         processes were asked to stop behind them. Where memory is short, micro-batches are halved."""
         while True:
             try:
                 self.module.train()
-                sums = torch.zeros(4, self.method.unrolls, device=self.launch.device)
+                sums = torch.zeros(4, self.method.positions, device=self.launch.device)
                 for batch, last in self.feed.step(step):
                     output = self.parallel.backward(batch, last)
                     sums += torch.stack([output.valid, output.losses, output.hits, output.overlap])

@@ -314,10 +314,10 @@ def test_a_step_without_supervision_is_skipped_and_counted(
 
 def test_noise_is_of_the_conversation_not_of_the_batch(store: FeatureStore) -> None:
     one, two, both = (store.batch(indices) for indices in ([3], [5], [3, 5]))
-    apart = [noisy(batch, 0.1, [seed]).features for batch, seed in ((one, 11), (two, 12))]
-    together = noisy(both, 0.1, [11, 12])
+    apart = [noisy(replace(batch, seeds=(seed,)), 0.1).features for batch, seed in ((one, 11), (two, 12))]
+    together = noisy(replace(both, seeds=(11, 12)), 0.1)
     assert torch.equal(together.features, torch.cat(apart))
-    assert not torch.equal(together.features, noisy(both, 0.1, [11, 13]).features)
+    assert not torch.equal(together.features, noisy(replace(both, seeds=(11, 13)), 0.1).features)
     noise = (together.features.float() - both.features.float()).square().mean(-1).sqrt()
     torch.testing.assert_close(
         noise / both.features.float().square().mean(-1).sqrt(), torch.full_like(noise, 0.1), rtol=0.3, atol=0
