@@ -45,7 +45,8 @@ def export_head(args: argparse.Namespace, err: Console) -> None:
     if args.overrides:
         raise ConfigError(f"with --to a head is exported, which has no setting {args.overrides[0]}; leave it out")
     quiet_libraries()
-    from sstf.formats import Engine, export_eagle3, find_head, read_any, target_for, target_of
+    from sstf.formats import Engine, find_head, read_any, target_for, target_of
+    from sstf.formats import export_head as write_export
     from sstf.methods.checkpoint import check_embeddings, read_head
     from sstf.targets import EMBEDDED, locate
 
@@ -67,7 +68,7 @@ def export_head(args: argparse.Namespace, err: Console) -> None:
         embeddings = target.frozen_head.embeddings
     # Others load the target by its folder: an embedded name means nothing to them.
     verifier = locate(args.target) if args.target in EMBEDDED else args.target
-    sentences = export_eagle3(stored, args.to, out, verifier, embeddings)
+    sentences = write_export(stored, args.to, out, verifier, embeddings)
     console = Console()
     console.print(Text(f"{'for ' + args.to:<17}{out}"), soft_wrap=True)
     for sentence in sentences:
