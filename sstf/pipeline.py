@@ -41,7 +41,7 @@ from sstf.errors import ConfigError, DamagedDataError, DataError, SstfError, Tar
 from sstf.evaluation import load_suite, measure, write_report
 from sstf.features import WHOLE, FeatureSource, FeatureStore, OnlineFeatures, Part, extract, own_target, verify
 from sstf.features.on_policy import argmax_share
-from sstf.formats import export_head
+from sstf.formats import export_head, needs_target
 from sstf.methods import TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead, load_head, read_head
 from sstf.parity.ladder import ParitySettings, climb
@@ -550,7 +550,7 @@ class Run:
         if not engines:
             self.progress.note(f"no engine here knows method {stored.config.kind}: there is nothing to export")
         for engine in engines:
-            embeddings = self._features().frozen_head().embeddings if engine == "speculators" else None
-            for sentence in export_head(stored, engine, folder / engine, embeddings=embeddings):
+            frozen = self._features().frozen_head() if needs_target(stored.config.kind, engine) else None
+            for sentence in export_head(stored, engine, folder / engine, frozen=frozen):
                 self.progress.note(sentence)
         return {"engines": list(engines)}

@@ -31,7 +31,7 @@ from sstf.methods.eagle3 import Eagle3Method
 def write_eagle3(order: Order) -> list[str]:
     """See `families.export_head`. speculators' form holds the target's embeddings: engines take the target's where a
     head brings none, but the library (0.9) trains and drafts with zeros then, without a word."""
-    stored, engine, embeddings = order.stored, order.engine, order.embeddings
+    stored, engine, frozen = order.stored, order.engine, order.frozen
     missing = [name for name in MAPS if name not in stored.tensors]
     if missing:
         raise ExportError(f"the head cannot be exported: it lacks its vocabulary map, {' and '.join(missing)}")
@@ -42,8 +42,8 @@ def write_eagle3(order: Order) -> list[str]:
     written = {
         _name(name, engine): tensor for name, tensor in tensors.items() if not (_is_full(shape) and name in MAPS)
     }
-    if engine == "speculators" and embeddings is not None:
-        written["embed_tokens.weight"] = embeddings.detach().cpu().to(torch.bfloat16)
+    if engine == "speculators" and frozen is not None:
+        written["embed_tokens.weight"] = frozen.embeddings.detach().cpu().to(torch.bfloat16)
     elif engine == "speculators":
         sentences = [
             *sentences,
@@ -167,5 +167,6 @@ FAMILY = Family(
     claims=is_eagle3,
     read=read_eagle3,
     vllm={"method": "eagle3"},
+    with_target=("speculators",),
     sglang="EAGLE3",
 )

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 from pydantic import Field
-from torch import Tensor
 
 from sstf.config_loading import Section
 from sstf.errors import ExportError, HeadError
@@ -15,7 +14,7 @@ from sstf.formats.family import Family, Order
 from sstf.formats.files import open_published
 from sstf.formats.layer_ids import Engine
 from sstf.methods.checkpoint import DraftHead, StoredHead, for_decoding, read_head
-from sstf.targets import Target, TargetSpec
+from sstf.targets import FrozenHead, Target, TargetSpec
 
 FAMILIES: dict[str, Family] = {
     "eagle3": eagle3.FAMILY,
@@ -38,7 +37,7 @@ def engines_of(kind: str) -> tuple[Engine, ...]:
 
 
 def export_head(
-    stored: StoredHead, engine: Engine, folder: Path, verifier: str | None = None, embeddings: Tensor | None = None
+    stored: StoredHead, engine: Engine, folder: Path, verifier: str | None = None, frozen: FrozenHead | None = None
 ) -> list[str]:
     """Write `model.safetensors` (bf16) and `config.json` to `folder`, and read them back.
 
@@ -48,7 +47,7 @@ def export_head(
         folder: is made, or written over.
         verifier: name of the target as users load it, which speculators' form holds; the head's own name of it, where
             that is one of a hub, if not given.
-        embeddings: [vocab, hidden], the target's, which some forms hold.
+        frozen: of the target; some forms hold its embeddings or its lm_head.
 
     Returns:
         Sentences: what the engine needs for this head, and what is untested.
@@ -62,7 +61,12 @@ def export_head(
     if engine not in knowing:
         others = f"export it for {' or '.join(knowing)}" if knowing else "no engine here does, so decode with sstf"
         raise ExportError(f"{engine} does not know this head's method, {kind}; {others}")
-    return FAMILIES[kind].write(Order(stored, engine, folder, verifier, embeddings))
+    return FAMILIES[kind].write(Order(stored, engine, folder, verifier, frozen))
+
+
+def needs_target(kind: str, engine: Engine) -> bool:
+    """Whether the form for an engine holds tensors of the target, see `export_head`."""
+    return kind in FAMILIES and engine in FAMILIES[kind].with_target
 
 
 def speculative_config(kind: str, head: str, depth: int) -> dict[str, Any]:

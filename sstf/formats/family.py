@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from sstf.formats.files import Published
 from sstf.formats.layer_ids import Engine
 from sstf.methods.checkpoint import StoredHead
-from sstf.targets import TargetSpec
+from sstf.targets import FrozenHead, TargetSpec
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class Order:
     engine: Engine
     folder: Path
     verifier: str | None = None
-    embeddings: Tensor | None = None
+    frozen: FrozenHead | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +29,8 @@ class Family:
     """The heads of one method in the forms of others.
 
     `write` writes what an engine of `engines` loads, reads it back, and returns what its users have to know. `claims`
-    says whether a published head is of this family, `read` makes it ours. `vllm` are the keys of vLLM's speculative
+    says whether a published head is of this family, `read` makes it ours. The forms for `with_target` hold tensors of
+    the target. `vllm` are the keys of vLLM's speculative
     configuration that name the method; `sglang` is SGLang's `--speculative-algorithm`.
     """
 
@@ -41,4 +40,5 @@ class Family:
     claims: Callable[[Published], bool]
     read: Callable[[Published, TargetSpec], StoredHead]
     vllm: Mapping[str, Any]
+    with_target: tuple[Engine, ...] = ()
     sglang: str | None = None

@@ -35,7 +35,7 @@ from sstf.parity.compare import AGREEMENT, Comparison, first_weight
 from sstf.parity.forms import NOTHING, Emitted, Form, Precision, Probe, decoded, served, trained
 from sstf.parity.report import Parity, Rung
 from sstf.parity.texts import write_texts
-from sstf.targets import Target
+from sstf.targets import FrozenHead, Target
 
 # Accepted lengths of two rungs may lie so far apart, as a share, besides what few prompts leave open.
 TOLERANCE = 0.05
@@ -77,7 +77,7 @@ def climb(folder: Path, target: Target, settings: ParitySettings, precision: Pre
     depth = settings.depth or _method(stored).positions
     method = _method(stored, depth)
     with TemporaryDirectory(prefix="sstf-parity-") as scratch:
-        exports = _exports(stored, settings, Path(scratch))
+        exports = _exports(stored, settings, target.frozen_head, Path(scratch))
         with progress.start("parity", 2 + len(exports) + bool(settings.vllm), "rungs") as bar:
             texts = write_texts(target, settings.prompts, settings.max_new_tokens)
             probe = Probe(target, texts, stored.layers, depth, settings.max_new_tokens)
@@ -126,14 +126,14 @@ class _Export:
     serves: bool  # vLLM, where it is asked for
 
 
-def _exports(stored: StoredHead, settings: ParitySettings, scratch: Path) -> list[_Export]:
+def _exports(stored: StoredHead, settings: ParitySettings, frozen: FrozenHead, scratch: Path) -> list[_Export]:
     if settings.exported:
         folder = settings.exported
         return [_Export(f"export {folder.name}", lambda: folder, serves=True)]
 
     def maker(engine: Engine) -> Callable[[], Path]:
         def make() -> Path:
-            export_head(stored, engine, scratch / engine)
+            export_head(stored, engine, scratch / engine, frozen=frozen)
             return scratch / engine
 
         return make

@@ -187,12 +187,12 @@ def _write_head(
     write_json_atomic(folder / "head.json", described)
     shutil.copyfile(asked.head / "head.safetensors", folder / "head.safetensors")
     named = replace(stored, target=replace(stored.target, name=described["target"]["name"]))
-    embeddings = None if isinstance(target, SstfError) else target.frozen_head.embeddings
+    frozen = None if isinstance(target, SstfError) else target.frozen_head
     engines: list[Engine] = []
     left_out: dict[str, str] = {}
     for engine in get_args(Engine):
         try:
-            export_head(named, engine, folder / engine, embeddings=embeddings)
+            export_head(named, engine, folder / engine, frozen=frozen)
             engines.append(engine)
         except ExportError as error:
             shutil.rmtree(folder / engine, ignore_errors=True)

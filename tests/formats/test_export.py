@@ -273,10 +273,10 @@ def test_what_was_written_wrongly_is_found(
 def test_embeddings_go_along_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None:
     """Without them the library (0.9.0) takes zeros, and says nothing."""
     stored, embeddings = make_head(tiny_target), tiny_target.frozen_head.embeddings
-    sentences = export_head(stored, "speculators", tmp_path / "with", embeddings=embeddings)
+    sentences = export_head(stored, "speculators", tmp_path / "with", frozen=tiny_target.frozen_head)
     assert torch.equal(load_file(tmp_path / "with/model.safetensors")["embed_tokens.weight"], embeddings.bfloat16())
     assert not any("embeddings" in sentence for sentence in sentences)
     sentences = export_head(stored, "speculators", tmp_path / "without")
     assert sentences[-1].startswith("without the target's embeddings: engines serve it")
-    export_head(stored, "vllm", tmp_path / "vllm", embeddings=embeddings)
+    export_head(stored, "vllm", tmp_path / "vllm", frozen=tiny_target.frozen_head)
     assert "embed_tokens.weight" not in load_file(tmp_path / "vllm/model.safetensors")
