@@ -7,7 +7,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
-from sstf.decode import AnyPolicy, Experience, SpeculativeDecoder
+from sstf.decode import AnyPolicy, Experience, SpeculativeDecoder, within
 from sstf.errors import ConfigError
 from sstf.formats import find_head, read_any, target_of
 from sstf.methods import NgramConfig, build_method
@@ -60,9 +60,8 @@ def open_decoder(
         head, drafter = for_decoding(stored, target, str(folder)), f"{folder} ({stored.config.kind})"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        decoder = SpeculativeDecoder(
-            target, head if draft else None, policy or CostAwareTree(lookup=True), experience=learned
-        )
+        policy = policy or within(head.method.limits, CostAwareTree(lookup=True))
+        decoder = SpeculativeDecoder(target, head if draft else None, policy, experience=learned)
     return Opened(decoder, drafter, [str(warning.message) for warning in caught])
 
 

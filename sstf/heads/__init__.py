@@ -2,5 +2,6 @@
 
 from sstf.heads.eagle import Eagle3Head, EagleShape
 from sstf.heads.eagle_fused import FusedEagle
+from sstf.heads.medusa import MedusaHead, MedusaShape
 
-__all__ = ["Eagle3Head", "EagleShape", "FusedEagle"]
+__all__ = ["Eagle3Head", "EagleShape", "FusedEagle", "MedusaHead", "MedusaShape"]

@@ -7,7 +7,7 @@ initialising a head) travel with the feature store, so that training never loads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class FrozenHead:
     last_layer: dict[str, Tensor]
     softcap: float = 0.0  # logits = softcap * tanh(logits / softcap) where not 0 (Gemma 2)
     scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
+    plain_norm: bool = True  # whether the final norm is an RMSNorm times `final_norm` (Gemma adds 1 to it)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Target logits of normed hidden states, over the whole vocabulary or over `tokens` only.
@@ -65,6 +66,7 @@ class FrozenHead:
             {name: tensor.to(device) for name, tensor in self.last_layer.items()},
             self.softcap,
             self.scale,
+            self.plain_norm,
         )
 
     def save(self, path: Path) -> None:
@@ -73,7 +75,7 @@ class FrozenHead:
         if self.lm_head.data_ptr() != self.embeddings.data_ptr():
             tensors["lm_head"] = self.lm_head
         tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
-        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale], dtype=torch.float64)
+        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale, self.plain_norm], dtype=torch.float64)
         # Not safetensors' own `save_file`: it hides a full disk in an error of its own kind.
         write_bytes_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
@@ -86,7 +88,7 @@ class FrozenHead:
         """
         try:
             tensors = load_file(path)
-            softcap, scale = tensors.pop("logit_transform").tolist()
+            softcap, scale, *plain = tensors.pop("logit_transform").tolist()  # earlier files have two numbers
             embeddings = tensors.pop("embeddings")
             return FrozenHead(
                 embeddings,
@@ -95,6 +97,7 @@ class FrozenHead:
                 {name.removeprefix("last_layer."): tensor for name, tensor in tensors.items()},
                 softcap,
                 scale,
+                plain != [0.0],
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedDataError(
@@ -149,11 +152,17 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
         device = "cpu" if output.weight.is_meta else output.weight.device
         probe = torch.arange(8, device=device)[None] % config.vocab_size
         expected = model(probe, use_cache=False).logits.float()
-        found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state).to(expected.device)
+        read_by_norm: list[Tensor] = []
+        with norm.register_forward_pre_hook(lambda _, inputs: read_by_norm.append(inputs[0])):
+            normed = decoder(probe, use_cache=False).last_hidden_state
+        found = frozen.logits(normed).to(expected.device)
     error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error < 0.02:  # bf16 rounding of a scaled or capped logit stays under 1 %
         raise TargetError(
             f"target {name}: lm_head(last hidden state) differs from the model's own logits by {error:.1%} of their "
             "maximum; this architecture transforms its logits in a way that is not supported yet"
         )
-    return frozen
+    eps = fields.get("rms_norm_eps") or 1e-6  # as `TargetSpec` has it
+    weight = frozen.final_norm.to(normed.device).float()
+    error = (F.rms_norm(read_by_norm[0].float(), weight.shape, weight, eps) - normed.float()).norm() / normed.norm()
+    return replace(frozen, plain_norm=bool(error < 0.02))

@@ -110,7 +110,7 @@ def trained(
         hidden=frozen.lm_head.shape[1],
         taps=taps,
         parameters=sum(sizes.values()),
-        draft_vocab=output.out_features if output else 0,
+        draft_vocab=output.out_features if output else len(head.get_buffer("d2t")),  # a frozen lm_head is a buffer
         widths=sum(layer.in_features + layer.out_features for layer in inner),
         moments=2 * sum(sizes.values()) - (sum(by_muon) if config.optimizer.kind == "muon" else 0),
         averaged=config.ema is not None,
