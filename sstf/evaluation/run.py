@@ -7,7 +7,7 @@ speed hits all alike; all run through the same engine. `evaluate` gives the rows
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
-from sstf.decode import CostModel, SpeculativeDecoder, measure_costs
+from sstf.decode import CostModel, DecodePolicy, SpeculativeDecoder, measure_costs
 from sstf.decode.adaptive import tree_policies
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
@@ -123,14 +123,19 @@ class Setting:
     prompts: list[Prompt]
     encoded: list[list[int]]
     arms: dict[str, SpeculativeDecoder]
-    trained: bool  # whether the policies draft with a head that was trained
+    policies: Mapping[str, DecodePolicy]  # of the arms that are no baseline
     seed: int
+
+    @property
+    def trained(self) -> set[str]:
+        """Arms that draft with a head that was trained."""
+        return {name for name in self.policies if (arm := self.arms.get(name)) and arm.head and arm.head.module}
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """What each arm drafts at most."""
         known = {PLAIN: Shape(0, 0, True), NGRAM: Shape(self.config.ngram_depth, self.config.ngram_depth, True)}
-        for name, policy in self.config.policies.items():
+        for name, policy in self.policies.items():
             trees = tree_policies(policy)
             chain = all(isinstance(tree, Chain) and not tree.lookup for tree in trees)
             known[name] = Shape(policy.depth, max(tree.total_tokens for tree in trees), chain)
@@ -149,7 +154,35 @@ def evaluate(
     Raises:
         DataError: the suite cannot be used, or its prompts do not fit the target's context.
     """
-    setting = _prepare(target, head, config, seed)
+    return _all_rows(_prepare(target, _one(head, config), config, seed), progress)
+
+
+def compare_heads(
+    target: Target, heads: Mapping[str, DraftHead], config: EvalConfig, progress: Progress, seed: int = 0
+) -> list[Row]:
+    """`evaluate` of several heads in one run, so that the machine's drift hits all alike. An arm is named
+    `head: policy`; a policy that a head's method cannot draft has no row.
+
+    Raises:
+        DataError: as `evaluate`.
+    """
+    arms = {
+        f"{name}: {policy}": (head, chosen)
+        for name, head in heads.items()
+        for policy, chosen in config.policies.items()
+        if _drafts(head, chosen)
+    }
+    return _all_rows(_prepare(target, arms, config, seed), progress)
+
+
+def _drafts(head: DraftHead, policy: DecodePolicy) -> bool:
+    limits = head.method.limits
+    trees = tree_policies(policy)
+    deep = limits.depth is not None and policy.depth > limits.depth
+    return not deep and (limits.trees or all(isinstance(tree, Chain) for tree in trees))
+
+
+def _all_rows(setting: Setting, progress: Progress) -> list[Row]:
     rows = []
     for temperature, records, _ in _decode(setting, progress):
         rows += _rows(setting, records, temperature, lambda prompt, _: prompt.category)
@@ -164,7 +197,7 @@ def measure(
     Raises:
         DataError: as `evaluate`.
     """
-    setting = _prepare(target, head, config, seed)
+    setting = _prepare(target, _one(head, config), config, seed)
     rows: list[Row] = []
     by_mode: list[Row] = []
     by_length: list[Row] = []
@@ -205,7 +238,14 @@ def measure(
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _prepare(target: Target, head: DraftHead | None, config: EvalConfig, seed: int) -> Setting:
+Arms = dict[str, tuple[DraftHead, DecodePolicy]]
+
+
+def _one(head: DraftHead | None, config: EvalConfig) -> Arms:
+    return {name: (head, policy) for name, policy in config.policies.items()} if head else {}
+
+
+def _prepare(target: Target, drafting: Arms, config: EvalConfig, seed: int) -> Setting:
     prompts = load_suite(config.suite, config.prompts, config.categories)
     encoded = [render_prompt(target.tokenizer, prompt.messages, mode=prompt.mode) for prompt in prompts]
     longest = max(len(ids) for ids in encoded) + config.max_new_tokens
@@ -219,10 +259,9 @@ def _prepare(target: Target, head: DraftHead | None, config: EvalConfig, seed: i
         PLAIN: SpeculativeDecoder(target, None),
         NGRAM: SpeculativeDecoder(target, ngram, Chain(depth=config.ngram_depth)),
     }
-    if head is not None:
-        arms |= {name: SpeculativeDecoder(target, head, policy) for name, policy in config.policies.items()}
-    trained = head is not None and head.module is not None
-    return Setting(target, config, prompts, encoded, arms, trained, seed)
+    arms |= {name: SpeculativeDecoder(target, head, policy) for name, (head, policy) in drafting.items()}
+    policies = {name: policy for name, (_, policy) in drafting.items()}
+    return Setting(target, config, prompts, encoded, arms, policies, seed)
 
 
 def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Records, Watched]]:
@@ -286,7 +325,7 @@ def _rows(
 
 
 def _summarise(
-    records: Records, groups: Sequence[str], temperature: float, depths: dict[str, int], trained: bool
+    records: Records, groups: Sequence[str], temperature: float, depths: dict[str, int], trained: set[str]
 ) -> list[Row]:
     """`groups` has one name a prompt; the records go through them once a repeat."""
     rows = []
@@ -295,7 +334,7 @@ def _summarise(
             picked = [i for i in range(len(made)) if name in (ALL, groups[i % len(groups)])]
             plain = [records[PLAIN][i] for i in picked]
             row = _row(arm, temperature, name, [made[i] for i in picked], plain, depths[arm])
-            why = None if arm == PLAIN else _void(row, has_head=trained and arm != NGRAM)
+            why = None if arm == PLAIN else _void(row, has_head=arm in trained)
             rows.append(replace(row, void=why))
     return rows
 
@@ -435,8 +474,8 @@ def _limits(setting: Setting, records: Records, temperature: float, cap: float |
 
 def _costs(setting: Setting, hosts: dict[str, float]) -> dict[int, CostModel]:
     """Passes of the first policy's arm at the configured batch sizes, host work as it was while decoding."""
-    arm = next(iter(setting.config.policies))
-    if arm not in setting.arms:
+    arm = next(iter(setting.policies), None)
+    if arm is None:
         return {}
     decoder, costs = setting.arms[arm], {}
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
