@@ -25,7 +25,10 @@ from sstf.publish.record import DEFAULT_MODE, RunRecord
 UNKNOWN = "not recorded"
 ACCEPTANCE, CURVE = "acceptance.svg", "training.svg"
 BASELINES = (PLAIN, NGRAM)
-PAPERS = {"eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840")}
+PAPERS = {
+    "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
+    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+}
 # Settings that a reader of a card asks for; all of them are in run.json.
 SETTINGS = ("epochs", "steps", "step_tokens", "optimizer", "schedule", "precision", "warm_start")
 

@@ -23,7 +23,7 @@ def read(target: Target) -> FrozenHead:
 
 
 def same(one: FrozenHead, other: FrozenHead) -> None:
-    assert (one.softcap, one.scale) == (other.softcap, other.scale)
+    assert (one.softcap, one.scale, one.rms_norm) == (other.softcap, other.scale, other.rms_norm)
     for name in ("embeddings", "lm_head", "final_norm"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.last_layer.keys() == other.last_layer.keys()
@@ -83,7 +83,9 @@ def test_scale_and_softcap_by_hand() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
-def test_architectures_that_transform_their_logits(architecture: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_architectures_that_transform_their_logits(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = (
         Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0))
@@ -93,6 +95,9 @@ def test_architectures_that_transform_their_logits(architecture: str, tokenizer:
     target = Target(architecture, model, tokenizer)
     frozen = target.frozen_head
     assert (frozen.softcap, frozen.scale) == ((2.0, 1.0) if architecture == "gemma2" else (0.0, 0.125))
+    assert frozen.rms_norm == (architecture == "granite")  # Gemma multiplies by 1 + weight
+    frozen.save(tmp_path / "frozen.safetensors")
+    same(FrozenHead.load(tmp_path / "frozen.safetensors"), frozen)
     ids = torch.tensor([[4, 5, 250]])
     with torch.inference_mode():
         hidden = target.decoder(ids, use_cache=False).last_hidden_state
