@@ -7,20 +7,22 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
+from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
 
-MethodConfig = Annotated[Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[EagleConfig | Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
 }
 
 
-def build_method(config: Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
+def build_method(config: EagleConfig | Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -31,6 +33,7 @@ __all__ = [
     "DraftMethod",
     "Drafter",
     "Eagle3Config",
+    "EagleConfig",
     "MedusaConfig",
     "MethodConfig",
     "NgramConfig",

@@ -57,7 +57,7 @@ def trace_training(head: Eagle3Head, batch: FeatureBatch, steps: int, bf16: bool
 
 @torch.inference_mode()
 def trace_drafting(head: Eagle3Head, features: Tensor, tokens: Tensor, rows: Tensor, steps: int) -> Trace:
-    """As `Eagle3Drafter` computes it, all rows at once: step i's node of row t sees step 0 up to t, and its own nodes.
+    """As `FeedbackDrafter` computes it, all rows at once: step i's node of row t sees step 0 up to t and its own nodes.
 
     Args:
         head: in the dtype that it decodes in.

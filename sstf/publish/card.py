@@ -27,8 +27,8 @@ UNKNOWN = "not recorded"
 ACCEPTANCE, CURVE = "acceptance.svg", "training.svg"
 BASELINES = (PLAIN, NGRAM)
 PAPERS = {
-    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
+    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
     "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),
 }
 # Settings that a reader of a card asks for; all of them are in run.json.

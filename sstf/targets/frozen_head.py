@@ -32,7 +32,7 @@ class FrozenHead:
     last_layer: dict[str, Tensor]
     softcap: float = 0.0  # logits = softcap * tanh(logits / softcap) where not 0 (Gemma 2)
     scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
-    plain_norm: bool = True  # whether the final norm is an RMSNorm times `final_norm` (Gemma adds 1 to it)
+    rms_norm: bool = True  # the final norm is x / rms(x) * final_norm, so that a head can apply it (not in Gemma)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Target logits of normed hidden states, over the whole vocabulary or over `tokens` only.
@@ -66,7 +66,7 @@ class FrozenHead:
             {name: tensor.to(device) for name, tensor in self.last_layer.items()},
             self.softcap,
             self.scale,
-            self.plain_norm,
+            self.rms_norm,
         )
 
     def save(self, path: Path) -> None:
@@ -75,7 +75,9 @@ class FrozenHead:
         if self.lm_head.data_ptr() != self.embeddings.data_ptr():
             tensors["lm_head"] = self.lm_head
         tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
-        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale, self.plain_norm], dtype=torch.float64)
+        # The third number is not written where it says nothing new: what was stored before has two.
+        transform = [self.softcap, self.scale] if self.rms_norm else [self.softcap, self.scale, 0.0]
+        tensors["logit_transform"] = torch.tensor(transform, dtype=torch.float64)
         # Not safetensors' own `save_file`: it hides a full disk in an error of its own kind.
         write_bytes_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
@@ -88,7 +90,7 @@ class FrozenHead:
         """
         try:
             tensors = load_file(path)
-            softcap, scale, *plain = tensors.pop("logit_transform").tolist()  # earlier files have two numbers
+            softcap, scale, *other_norm = tensors.pop("logit_transform").tolist()
             embeddings = tensors.pop("embeddings")
             return FrozenHead(
                 embeddings,
@@ -97,7 +99,7 @@ class FrozenHead:
                 {name.removeprefix("last_layer."): tensor for name, tensor in tensors.items()},
                 softcap,
                 scale,
-                plain != [0.0],
+                not other_norm,
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedDataError(
@@ -151,18 +153,25 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
         # A spread model takes its input from any device, and only its offloaded weights are on none.
         device = "cpu" if output.weight.is_meta else output.weight.device
         probe = torch.arange(8, device=device)[None] % config.vocab_size
+        frozen = replace(frozen, rms_norm=_is_rms_norm(norm, frozen, fields.get("rms_norm_eps") or 1e-6, device))
         expected = model(probe, use_cache=False).logits.float()
-        read_by_norm: list[Tensor] = []
-        with norm.register_forward_pre_hook(lambda _, inputs: read_by_norm.append(inputs[0])):
-            normed = decoder(probe, use_cache=False).last_hidden_state
-        found = frozen.logits(normed).to(expected.device)
+        found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state).to(expected.device)
     error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
     if not error < 0.02:  # bf16 rounding of a scaled or capped logit stays under 1 %
         raise TargetError(
             f"target {name}: lm_head(last hidden state) differs from the model's own logits by {error:.1%} of their "
             "maximum; this architecture transforms its logits in a way that is not supported yet"
         )
-    eps = fields.get("rms_norm_eps") or 1e-6  # as `TargetSpec` has it
-    weight = frozen.final_norm.to(normed.device).float()
-    error = (F.rms_norm(read_by_norm[0].float(), weight.shape, weight, eps) - normed.float()).norm() / normed.norm()
-    return replace(frozen, plain_norm=bool(error < 0.02))
+    return frozen
+
+
+def _is_rms_norm(norm: nn.Module, frozen: FrozenHead, eps: float, device: torch.device | str) -> bool:
+    """Whether a module does what `FrozenHead.rms_norm` says, tried on states that are not centred."""
+    weight = frozen.final_norm.float().cpu()
+    if weight.shape != frozen.embeddings.shape[1:]:
+        return False
+    x = 1 + 2 * torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
+    x = x.to(frozen.final_norm.dtype)
+    expected = F.rms_norm(x.float(), weight.shape, weight, eps)
+    found = norm(x.to(device)).float().cpu()
+    return bool((found - expected).norm() <= 0.02 * expected.norm())
