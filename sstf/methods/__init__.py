@@ -7,18 +7,20 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
+from sstf.methods.dflash import DFlashConfig, DFlashMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.ngram import NgramConfig, NgramMethod
 
-MethodConfig = Annotated[Eagle3Config | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[DFlashConfig | Eagle3Config | NgramConfig, Field(discriminator="kind")]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dflash": (DFlashConfig, DFlashMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "ngram": (NgramConfig, NgramMethod),
 }
 
 
-def build_method(config: Eagle3Config | NgramConfig) -> DraftMethod:
+def build_method(config: DFlashConfig | Eagle3Config | NgramConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -26,6 +28,7 @@ def build_method(config: Eagle3Config | NgramConfig) -> DraftMethod:
 
 __all__ = [
     "METHODS",
+    "DFlashConfig",
     "DraftMethod",
     "Drafter",
     "Eagle3Config",

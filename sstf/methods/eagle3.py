@@ -21,14 +21,15 @@ from sstf.errors import ConfigError
 from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
-from sstf.losses import CHUNK, Kl, Objective, Teacher, Teachers, fused_distill, teacher, top_k_teacher
+from sstf.losses import CHUNK, Kl, Objective, fused_distill
 from sstf.methods.base import DraftLimits, News
+from sstf.methods.teaching import teachers_over
 from sstf.row_blocks import filled, missing
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
 from sstf.targets.spec import ROPE_TYPES
 from sstf.trees import AnyTree, DraftContext, behind, grow
-from sstf.types import DraftTree, FeatureBatch, HiddenTeacher, StepOutput, TeacherRows
+from sstf.types import DraftTree, FeatureBatch, StepOutput
 
 
 class Eagle3Config(Section):
@@ -182,7 +183,7 @@ class Eagle3Method:
         result = fused_distill(
             head.norm(outs[valid[:, rows]]),
             head.lm_head.weight,
-            _teachers_over(head.draft_tokens, batch.teacher, supervised[batch.loss_mask], frozen),
+            teachers_over(head.draft_tokens, batch.teacher, supervised[batch.loss_mask], frozen),
             (supervised.cumsum(0) - 1)[ahead[valid]],
             weights.repeat_interleave(counts),
             self.config.objective,
@@ -228,25 +229,6 @@ def _rows_in_blocks(taught: Tensor) -> Tensor:
     """Places of the rows that are True, and of as many others as their blocks have room for; ascending."""
     lacking = missing(int(taught.sum()), taught.device)
     return torch.cat([taught.nonzero()[:, 0], (~taught).nonzero()[:lacking, 0]]).sort().values
-
-
-def _teachers_over(draft_tokens: Tensor, given: TeacherRows, rows: Tensor, frozen: FrozenHead) -> Teachers:
-    """Makes the target's distributions over the draft vocabulary, of the teacher's rows where `rows` [row] is True."""
-    if isinstance(given, HiddenTeacher):
-        hidden, lse = given.hidden[rows], given.lse[rows]
-        small = dataclasses.replace(frozen, lm_head=frozen.lm_head[draft_tokens])  # gathered once for all chunks
-
-        def exact(some: slice) -> Teacher:
-            logits = small.native_logits(filled(hidden[some]))
-            return teacher(logits[: some.stop - some.start], lse[some])
-
-        return exact
-    tokens, log_probs = given.tokens[rows], given.log_probs[rows]
-
-    def top_k(some: slice) -> Teacher:
-        return top_k_teacher(tokens[some], log_probs[some], draft_tokens, len(frozen.lm_head))
-
-    return top_k
 
 
 def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
