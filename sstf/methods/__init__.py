@@ -7,14 +7,18 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
+from sstf.methods.dflash import DFlashConfig, DFlashMethod
 from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
 
-MethodConfig = Annotated[EagleConfig | Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")
+]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dflash": (DFlashConfig, DFlashMethod),
     "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
@@ -22,7 +26,7 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
 }
 
 
-def build_method(config: EagleConfig | Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
+def build_method(config: DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -30,6 +34,7 @@ def build_method(config: EagleConfig | Eagle3Config | MedusaConfig | NgramConfig
 
 __all__ = [
     "METHODS",
+    "DFlashConfig",
     "DraftMethod",
     "Drafter",
     "Eagle3Config",

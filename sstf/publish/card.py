@@ -27,6 +27,7 @@ UNKNOWN = "not recorded"
 ACCEPTANCE, CURVE = "acceptance.svg", "training.svg"
 BASELINES = (PLAIN, NGRAM)
 PAPERS = {
+    "dflash": ("DFlash", "https://arxiv.org/abs/2602.06036"),
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
     "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
     "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),
