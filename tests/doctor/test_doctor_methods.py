@@ -16,7 +16,11 @@ from sstf.data.progress import NoProgress
 from sstf.pipeline import Run
 from sstf.targets import Target
 
-METHODS: dict[str, dict[str, Any]] = {"medusa": {"kind": "medusa", "heads": 2}}
+METHODS: dict[str, dict[str, Any]] = {
+    "medusa": {"kind": "medusa", "heads": 2},
+    "eagle": {"kind": "eagle", "ttt_steps": 2},
+    "dflash": {"kind": "dflash", "block_size": 4, "num_layers": 1, "layers": [2, 4, 6]},
+}
 # What does not pass, and why.
 OPEN: dict[str, dict[str, str]] = {
     "medusa": {
@@ -27,7 +31,9 @@ OPEN: dict[str, dict[str, str]] = {
         # A random target's second token ahead does not follow from its states: what Medusa knows of it is little.
         "label shift": "warn: ",
         "feature shift": "warn: ",
-    }
+    },
+    "eagle": {},
+    "dflash": {},
 }
 
 

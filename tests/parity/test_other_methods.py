@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from sstf.data.progress import NoProgress
 from sstf.errors import HeadError
 from sstf.features import ExtractConfig, FeatureStore, extract
-from sstf.formats import export_head, needs_target
-from sstf.methods import MedusaConfig, build_method
+from sstf.formats import Engine, engines_of, export_head, needs_target
+from sstf.methods import DFlashConfig, EagleConfig, MedusaConfig, build_method
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import read_head
 from sstf.methods.medusa import MedusaDrafter, MedusaMethod
@@ -27,7 +27,11 @@ from sstf.train.config import TrainConfig
 from sstf.train.trainer import Trainer
 from sstf.types import FeatureBatch, StepOutput
 
-LEARNED: dict[str, Any] = {"medusa": MedusaConfig(heads=3)}
+LEARNED: dict[str, Any] = {
+    "medusa": MedusaConfig(heads=3),
+    "eagle": EagleConfig(ttt_steps=3),
+    "dflash": DFlashConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -64,13 +68,15 @@ def _learn(target: Target, config: Any, folder: Path) -> Path:
 
 @pytest.mark.parametrize("kind", LEARNED)
 def test_a_sound_head_drafts_what_its_loss_counts(kind: str, heads: Callable[[str], Path], tiny_target: Target) -> None:
-    parity = climbed(heads(kind), tiny_target)
+    engines: tuple[Engine, ...] = ("vllm",) if "vllm" in engines_of(kind) else ()
+    parity = climbed(heads(kind), tiny_target, engines=engines)
     assert parity.passed, parity.faults
     trainer, reloaded, *exported = parity.rungs
     assert (trainer.name, reloaded.name) == ("trainer", "reloaded")
-    assert reloaded.agreement == 1.0 and reloaded.same_text == 1.0  # all is float32
+    # All is float32 but for the features that training reads, which were rounded to bfloat16.
+    assert reloaded.agreement is not None and reloaded.agreement > 0.99 and reloaded.same_text == 1.0
     assert reloaded.accepted_length and trainer.accepted_length and trainer.accepted_length > 1.5
-    assert [rung.name for rung in exported] == ["export vllm"]
+    assert [rung.name for rung in exported] == ["export vllm"] * ("vllm" in engines_of(kind))
     assert all(rung.agreement and rung.agreement > 0.95 for rung in exported)  # bf16
 
 
