@@ -66,6 +66,11 @@ def export_eagle3(
     if missing:
         raise ExportError(f"the head cannot be exported: it lacks its vocabulary map, {' and '.join(missing)}")
     shape = shape_of(stored)
+    if shape.num_layers > 1:
+        raise ExportError(
+            f"the head cannot be exported: it has {shape.num_layers} layers, and only heads of one have a form for "
+            "engines here"
+        )
     _check_complete(stored, shape)
     sentences = needs(engine, stored.config, stored.target, full_vocabulary=_is_full(shape))
     tensors = {name: tensor if name in MAPS else tensor.to(torch.bfloat16) for name, tensor in stored.tensors.items()}

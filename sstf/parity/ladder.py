@@ -83,6 +83,8 @@ def climb(folder: Path, target: Target, settings: ParitySettings, precision: Pre
     stored = read_any(folder, target.spec)
     if not isinstance(stored.config, Eagle3Config):
         raise HeadError(f"{folder}: the ladder looks into EAGLE-3 heads; this one's method is {stored.config.kind}")
+    if stored.config.num_layers > 1:
+        raise HeadError(f"{folder}: the ladder looks into heads of one layer; this one has {stored.config.num_layers}")
     depth = settings.depth or stored.config.ttt_steps
     with TemporaryDirectory(prefix="sstf-parity-") as scratch:
         exports = _exports(stored, settings, Path(scratch))
