@@ -48,6 +48,7 @@ def features_of(config: Eagle3Config, target: TargetSpec, full_vocabulary: bool)
     layers = config.layers or usual_layers(target.num_layers)
     has = {
         "eagle3": True,
+        "several_layers": config.num_layers > 1,
         "full_vocabulary": full_vocabulary,
         "other_layers": tuple(layers) != usual_layers(target.num_layers),
         "other_layer_count": len(layers) != 3,

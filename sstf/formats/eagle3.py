@@ -109,7 +109,7 @@ def _flags(config: Eagle3Config) -> dict[str, bool]:
 def _eagle(stored: StoredHead, shape: EagleShape, engine: Engine, verifier: str | None) -> dict[str, Any]:
     """EAGLE's form, which vLLM and SGLang share but for the layer ids. It has no place for the target's name."""
     ids = layer_ids(stored.layers, engine)
-    return layer_fields(shape, 1) | {
+    return layer_fields(shape, shape.num_layers) | {
         "architectures": ["LlamaForCausalLMEagle3"],
         "torch_dtype": "bfloat16",
         "target_hidden_size": shape.hidden_size,
@@ -149,7 +149,7 @@ def _speculators(stored: StoredHead, shape: EagleShape, engine: Engine, verifier
                 "architectures": [target.architecture],
             },
         },
-        "transformer_layer_config": layer_fields(shape, 1) | {"rope_parameters": rope},
+        "transformer_layer_config": layer_fields(shape, shape.num_layers) | {"rope_parameters": rope},
         "draft_vocab_size": shape.draft_vocab_size,
         "target_hidden_size": shape.hidden_size,
         IDS: layer_ids(stored.layers, engine),

@@ -19,6 +19,7 @@ from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import CHUNK, Kl, Objective, fused_distill
 from sstf.methods.base import DraftLimits
 from sstf.methods.cached_drafter import FeedbackDrafter
+from sstf.methods.first_weights import start_from_last_layer
 from sstf.methods.supervision import in_blocks, outcome, rows_in_blocks, supervise, teachers_over
 from sstf.targets import FrozenHead, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
@@ -28,8 +29,9 @@ from sstf.types import FeatureBatch, StepOutput
 class Eagle3Config(Section):
     """`layers` are 0-based layer outputs; None takes the paper's {1, L//2 - 1, L - 4}.
 
-    `init` `target` starts the decoder layer, the norms and the draft logits from the target's last layer, final
-    norm and lm_head; `random` does so for the lm_head only. `objective` is what each drafted token is trained for.
+    `init` `target` starts the first decoder layer, the norms and the draft logits from the target's last layer, final
+    norm and lm_head, and later layers so that they change nothing yet; `random` does so for the lm_head and the last
+    norm only. `objective` is what each drafted token is trained for.
 
     What follows shapes the head: None is as in the target, and the norms are described in `heads/eagle.py`. Heads that
     others published differ here.
@@ -54,6 +56,7 @@ class Eagle3Config(Section):
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    num_layers: int = Field(default=1, ge=1, le=16)
 
     @model_validator(mode="after")
     def _consistent(self) -> Eagle3Config:
@@ -70,6 +73,8 @@ class Eagle3Config(Section):
     def _set_shape_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A shape that is left as it is is not written: what is keyed by a configuration keeps its key."""
         fields: dict[str, Any] = dump(self)
+        if self.num_layers == 1:
+            del fields["num_layers"]
         return {name: value for name, value in fields.items() if name not in SHAPE_FIELDS or value not in (None, False)}
 
 
@@ -107,7 +112,7 @@ class Eagle3Method:
 
     @property
     def unrolls(self) -> int:
-        """Each step runs the layer."""
+        """Each step runs the layers."""
         return self.config.ttt_steps
 
     @property
@@ -146,6 +151,7 @@ class Eagle3Method:
             norm_before_fc=config.norm_before_fc,
             fc_norm=config.fc_norm,
             norm_output=config.norm_output,
+            num_layers=config.num_layers,
         )
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle3Head:
@@ -158,7 +164,7 @@ class Eagle3Method:
             head.lm_head.weight.copy_(frozen.lm_head[draft_tokens])
             head.norm.weight.copy_(frozen.final_norm)
             if self.config.init == "target":
-                _start_from_last_layer(head, frozen.last_layer)
+                start_from_last_layer(head, frozen.last_layer)
         return head
 
     def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
@@ -186,26 +192,3 @@ class Eagle3Method:
         """A drafter with the fused form of the head."""
         assert isinstance(head, Eagle3Head)
         return FeedbackDrafter(FusedEagle(head), head.draft_tokens)
-
-
-def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
-    """Copy the target's last decoder layer: fc passes the highest tap on, attention reads the feature half
-    as the target's layer reads its input (the embedding half starts at random).
-
-    A parameter that the layer lacks, or that has another shape (a target that is not Llama-like), keeps its random
-    start. So the head begins as a rough early exit of the target, not as noise.
-    """
-    hidden = head.shape.hidden_size
-    head.fc.weight.zero_()
-    head.fc.weight[:, -hidden:] = torch.eye(hidden)
-    names = dict(head.midlayer.named_parameters())
-    renamed = {"hidden_norm.weight": "input_layernorm.weight"}
-    for name, parameter in names.items():
-        source = layer.get(renamed.get(name, name))
-        if source is None or name == "input_layernorm.weight":
-            continue
-        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
-            if source.shape == (parameter.shape[0], hidden):
-                parameter[:, hidden:] = source
-        elif source.shape == parameter.shape:
-            parameter.copy_(source)

@@ -1,7 +1,7 @@
 """One head in the forms that the ladder compares: as it trains, as it decodes, and as vLLM serves it.
 
-An EAGLE-3 head shows every value on the way to its drafts (`trace`). Of another head the drafts alone are seen: its
-trainer's are what its loss counts, its decoder's what `Drafter.propose` drafts at the same places.
+An EAGLE-3 head of one layer shows every value on the way to its drafts (`trace`). Of another head the drafts alone are
+seen: its trainer's are what its loss counts, its decoder's what `Drafter.propose` drafts at the same places.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from sstf.decode import SpeculativeDecoder
 from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures, rows_ahead, to_device
 from sstf.formats import speculative_config
-from sstf.heads import Eagle3Head
 from sstf.methods.base import DraftMethod, News, TrainableMethod
 from sstf.methods.checkpoint import DraftHead, StoredHead, bind
 from sstf.parity.compare import tensors_of, weights_of
 from sstf.parity.served import Serving, count
 from sstf.parity.texts import Text, replayed
-from sstf.parity.trace import Trace, rows_of, trace_drafting, trace_training
+from sstf.parity.trace import Trace, can_be_traced, rows_of, trace_drafting, trace_training
 from sstf.targets import Target
 from sstf.train.module import HeadWithLoss
 from sstf.trees import Chain, DraftContext
@@ -95,7 +94,7 @@ def trained(probe: Probe, stored: StoredHead, method: TrainableMethod, precision
     """In float32, by the code that trains it."""
     head = bind(stored, probe.target.frozen_head).to(probe.target.device)
     counted = loss_counts(probe, method, head, precision)
-    if isinstance(head, Eagle3Head):
+    if can_be_traced(head):
         inner = head
 
         def trace(i: int) -> Trace:
@@ -133,7 +132,7 @@ def decoded(probe: Probe, name: str, head: DraftHead, like: Form | None = None) 
         for text in probe.texts:
             _, found = decoder.passes(1, len(text.ids)).prefill(0, text.ids)
             features.append(found[:-2])
-    if isinstance(module, Eagle3Head):
+    if can_be_traced(module):
         inner = module
         weights = weights_of(module, decoder.layers)
 

@@ -291,7 +291,7 @@ def own_texts(target: Target, count: int, new: int) -> list[TokenSample]:
 
 
 def learn_by_heart(
-    method: TrainableMethod, config: Any, target: Target, folder: Path, steps: int, rate: float = 3e-3
+    method: TrainableMethod, config: Any, target: Target, folder: Path, steps: int, **optimizer: object
 ) -> tuple[DraftHead, list[TokenSample]]:
     """A head that was trained on a few texts, read back from the disk, and the texts."""
     samples = own_texts(target, 4, 24)
@@ -300,7 +300,7 @@ def learn_by_heart(
     fields: dict[str, Any] = {
         "steps": steps,
         "step_tokens": 256,
-        "optimizer": {"learning_rate": rate},
+        "optimizer": optimizer,
         "precision": "fp32",
         "validation_conversations": 0,
         "parity": False,

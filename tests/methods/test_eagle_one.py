@@ -246,6 +246,6 @@ def test_a_batch_drafts_what_each_sequence_drafts_alone(policy: AnyTree, tiny_ta
 @pytest.mark.parametrize(("steps", "rate"), [(1, 3e-3), (3, 1e-2)])
 def test_texts_learned_by_heart_are_drafted(steps: int, rate: float, tiny_target: Target, tmp_path: Path) -> None:
     config = EagleConfig(ttt_steps=steps)
-    head, samples = learn_by_heart(EagleMethod(config), config, tiny_target, tmp_path, steps=150, rate=rate)
+    head, samples = learn_by_heart(EagleMethod(config), config, tiny_target, tmp_path, steps=150, learning_rate=rate)
     for policy, least in ((Chain(depth=2), 2.6), (DynamicTree(depth=2, top_k=2, total_tokens=5), 2.6)):
         check_by_heart(head, samples, tiny_target, policy, least)
