@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sstf.config_loading import Section
 from sstf.errors import ExportError, HeadError
-from sstf.formats import eagle, eagle3, medusa
+from sstf.formats import block, eagle, eagle3, medusa
 from sstf.formats.family import Family, Order
 from sstf.formats.files import open_published
 from sstf.formats.layer_ids import Engine
@@ -17,6 +17,7 @@ from sstf.methods.checkpoint import DraftHead, StoredHead, for_decoding, read_he
 from sstf.targets import FrozenHead, Target, TargetSpec
 
 FAMILIES: dict[str, Family] = {
+    "dflash": block.DFLASH,
     "eagle": eagle.FAMILY,
     "eagle3": eagle3.FAMILY,
     "medusa": medusa.FAMILY,
