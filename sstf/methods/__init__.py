@@ -10,17 +10,19 @@ from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
+from sstf.methods.suffix import SuffixConfig, SuffixMethod
 
-MethodConfig = Annotated[Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig, Field(discriminator="kind")]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
+    "suffix": (SuffixConfig, SuffixMethod),
 }
 
 
-def build_method(config: Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
+def build_method(config: Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -34,6 +36,7 @@ __all__ = [
     "MedusaConfig",
     "MethodConfig",
     "NgramConfig",
+    "SuffixConfig",
     "TrainableMethod",
     "build_method",
 ]
