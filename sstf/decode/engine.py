@@ -132,6 +132,10 @@ class SpeculativeDecoder:
         self._passes: Passes | None = None
         self.drafter = self._new_drafter()
 
+    def forget_texts(self) -> None:
+        """Draft as if nothing had been decoded before, also where earlier texts are drafted from."""
+        self.drafter = self._new_drafter()
+
     def _new_drafter(self) -> Drafter | None:
         if not self.head:
             return None

@@ -278,6 +278,7 @@ def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Recor
             records: Records = {name: [] for name in arms}
             watched: Watched = {name: [] for name in watching} if temperature == 0 else {}
             for repeat in range(config.repeats):
+                _forget_texts(setting, watching)
                 for index, (prompt, ids) in enumerate(zip(setting.prompts, setting.encoded, strict=True)):
                     for name, decoder in arms.items():
                         on_step = None
@@ -308,6 +309,16 @@ def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Recor
                         )
                     bar.advance(1)
             yield temperature, records, watched
+
+
+def _forget_texts(setting: Setting, watching: dict[str, WatchedDrafter]) -> None:
+    """The prompts come again. A drafter that looks into earlier answers would find these very ones."""
+    for name, decoder in setting.arms.items():
+        if decoder.head and decoder.head.module is None:
+            decoder.forget_texts()
+            if decoder.drafter and name in watching:
+                watching[name].drafter = decoder.drafter
+                decoder.drafter = watching[name]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
+from sstf.methods.suffix import SuffixConfig, SuffixMethod
 
 MethodConfig = Annotated[
-    DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig, Field(discriminator="kind")
+    DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig, Field(discriminator="kind")
 ]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
@@ -23,10 +24,13 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
+    "suffix": (SuffixConfig, SuffixMethod),
 }
 
 
-def build_method(config: DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig) -> DraftMethod:
+def build_method(
+    config: DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig,
+) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -42,6 +46,7 @@ __all__ = [
     "MedusaConfig",
     "MethodConfig",
     "NgramConfig",
+    "SuffixConfig",
     "TrainableMethod",
     "build_method",
 ]
