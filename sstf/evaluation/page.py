@@ -10,11 +10,10 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sstf.evaluation.config import PLAIN
-from sstf.evaluation.figures import figures
 from sstf.evaluation.rejections import CAUSES, Rejection
 from sstf.evaluation.run import ALL
 
@@ -164,8 +163,8 @@ if (at("list")) {
 """
 
 
-def page(report: dict[str, Any], rejections: Sequence[Rejection]) -> str:
-    """The whole page, from the content of `report.json` and the rejections to show."""
+def page(report: dict[str, Any], plots: Mapping[str, str], rejections: Sequence[Rejection]) -> str:
+    """The whole page, from the content of `report.json`, its plots, and the rejections to show."""
     policy = (
         f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
     )
@@ -189,7 +188,7 @@ def page(report: dict[str, Any], rejections: Sequence[Rejection]) -> str:
         "<h2>Results</h2>",
         _rows([row for row in report["rows"] if row["category"] == ALL], ""),
         '<h2>Plots</h2><div id="figures">',
-        *figures(report),
+        *plots.values(),
         "</div>",
     ]
     for name, rows in (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +17,10 @@ from typing import Any
 
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.evaluation.config import PLAIN
+from sstf.evaluation.figures import figures
 from sstf.evaluation.limits import Limits
 from sstf.evaluation.page import page
+from sstf.evaluation.plot_files import write_plots
 from sstf.evaluation.rejections import CAUSES
 from sstf.evaluation.run import ALL, Evaluation, Row
 from sstf.machine import hardware
@@ -42,14 +44,30 @@ FORMULAS = {
 
 
 def write_report(
-    folder: Path, evaluation: Evaluation, target: Target, head: str | None, config: dict[str, Any]
+    folder: Path,
+    evaluation: Evaluation,
+    target: Target,
+    head: str | None,
+    config: dict[str, Any],
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
-    """Write all forms to `folder`; returns what `report.json` holds."""
+    """Write all forms to `folder`, and the plots to `plots/` in it; returns what `report.json` holds.
+
+    Args:
+        folder: is made.
+        evaluation: what was measured.
+        target: that it was measured on.
+        head: its folder, None for the free baselines alone.
+        config: the settings.
+        note: is told, in a sentence, what is not written and how to have it.
+    """
     content = report(evaluation, target, head, config)
     write_json_atomic(folder / "report.json", content)
     write_bytes_atomic(folder / "report.md", markdown(evaluation, content).encode())
     write_json_atomic(folder / "rejections.json", [asdict(one) for one in evaluation.rejections.kept])
-    write_bytes_atomic(folder / "report.html", page(content, evaluation.rejections.kept).encode())
+    drawn = figures(content)
+    write_bytes_atomic(folder / "report.html", page(content, drawn, evaluation.rejections.kept).encode())
+    write_plots(folder / "plots", drawn, note)
     return content
 
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from sstf.evaluation.page import page
+from sstf.evaluation.figures import figures
+from sstf.evaluation.page import page as page_of
 from sstf.evaluation.rejections import CAUSES, Rejection
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- &lt;"
@@ -59,6 +60,10 @@ def rejection(number: int, *causes: str, position: int = 1, text: str = "") -> R
     emitted, drafted = f"E{number}", f"D{number}"
     before = f"before {text}"
     return Rejection("chain", f"p{number}", "c", position, causes, emitted, drafted, 0.9, 0.05, 0.4, before, "after")
+
+
+def page(content: dict[str, Any], rejections: list[Rejection]) -> str:
+    return page_of(content, figures(content), rejections)
 
 
 REJECTIONS = [
