@@ -70,7 +70,8 @@ def open_chat(
     """Load a target and its head.
 
     Args:
-        name: a head's folder, also a published one's, the folder of a run with one finished head, or `ngram`.
+        name: a head's folder, also a published one's, the folder of a run with one finished head, or a method that
+            needs none.
         config: how to decode.
         target_name: in place of the target that the head names.
         system: what stands before the conversation.

@@ -85,6 +85,7 @@ def evaluate_head(args: argparse.Namespace, err: Console) -> None:
     with progress.start("loading", 1, "head") as bar:
         target = target_of(folder, args.target)
         head = load_any(folder, target)
+        config = config.fitted(head.method.limits, f"head {folder}")
         bar.advance(1)
     found = measure(target, head, config, progress)
     out = Console()

@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, err: Console) -> int:
     quiet_libraries()
     from sstf.config_loading import load_options
     from sstf.errors import ConfigError
-    from sstf.formats import find_head, load_any, target_of
+    from sstf.formats import find_head, read_any, target_of
+    from sstf.methods.checkpoint import for_decoding
     from sstf.pipeline import load_run
     from sstf.progress_display import display
     from sstf.targets import EMBEDDED, locate
@@ -63,10 +64,12 @@ def run(args: argparse.Namespace, err: Console) -> int:
     else:
         folder = find_head(args.subject)
         target = target_of(folder, args.target)
-    measured = measure(target, load_any(folder, target), config, progress)
+    stored = read_any(folder, target.spec)
+    measured = measure(target, for_decoding(stored, target, str(folder)), config, progress)
     found = plan(measured)
     name = target.spec.name
-    commands = launch_lines(found, str(locate(name)) if name in EMBEDDED else name, str(folder))
+    model = str(locate(name)) if name in EMBEDDED else name
+    commands = launch_lines(found, model, str(folder), stored.config.kind)
     out = Console()
     print_plan(found, measured, commands, out)
     if args.out:

@@ -21,6 +21,7 @@ from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
 from sstf.decode import CostModel, DecodePolicy, SpeculativeDecoder, measure_costs
 from sstf.decode.adaptive import tree_policies
+from sstf.decode.limits import within
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
 from sstf.evaluation.limits import Limits, Shape, limits, tree_oracles
@@ -187,16 +188,9 @@ def compare_heads(
         f"{name}: {policy}": (head, chosen)
         for name, head in heads.items()
         for policy, chosen in config.policies.items()
-        if _drafts(head, chosen)
+        if within(head.method.limits, chosen) == chosen
     }
     return _all_rows(_prepare(target, arms, config, seed), progress)
-
-
-def _drafts(head: DraftHead, policy: DecodePolicy) -> bool:
-    limits = head.method.limits
-    trees = tree_policies(policy)
-    deep = limits.depth is not None and policy.depth > limits.depth
-    return not deep and (limits.trees or all(isinstance(tree, Chain) for tree in trees))
 
 
 def _all_rows(setting: Setting, progress: Progress) -> list[Row]:
@@ -300,6 +294,7 @@ def _decode(setting: Setting, progress: Progress, clock: Clock) -> Iterator[tupl
             records: Records = {name: [] for name in arms}
             watched: Watched = {name: [] for name in watching} if temperature == 0 else {}
             for repeat in range(config.repeats):
+                _forget_texts(setting, watching)
                 for index, (prompt, ids) in enumerate(zip(setting.prompts, setting.encoded, strict=True)):
                     for name, decoder in arms.items():
                         on_step = None
@@ -332,6 +327,16 @@ def _decode(setting: Setting, progress: Progress, clock: Clock) -> Iterator[tupl
                         )
                     bar.advance(1)
             yield temperature, records, watched
+
+
+def _forget_texts(setting: Setting, watching: dict[str, WatchedDrafter]) -> None:
+    """The prompts come again. A drafter that looks into earlier answers would find these very ones."""
+    for name, decoder in setting.arms.items():
+        if decoder.head and decoder.head.module is None:
+            decoder.forget_texts()
+            if decoder.drafter and name in watching:
+                watching[name].drafter = decoder.drafter
+                decoder.drafter = watching[name]
 
 
 # ---- rows ------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,19 @@
 """Draft-head modules and their attention."""
 
+from sstf.heads.block import BlockHead, BlockShape
 from sstf.heads.eagle import Eagle3Head, EagleShape
+from sstf.heads.eagle1 import Eagle1Head, FusedEagle1
 from sstf.heads.eagle_fused import FusedEagle
+from sstf.heads.medusa import MedusaHead, MedusaShape
 
-__all__ = ["Eagle3Head", "EagleShape", "FusedEagle"]
+__all__ = [
+    "BlockHead",
+    "BlockShape",
+    "Eagle1Head",
+    "Eagle3Head",
+    "EagleShape",
+    "FusedEagle",
+    "FusedEagle1",
+    "MedusaHead",
+    "MedusaShape",
+]

@@ -7,18 +7,30 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
+from sstf.methods.dflash import DFlashConfig, DFlashMethod
+from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
+from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
+from sstf.methods.suffix import SuffixConfig, SuffixMethod
 
-MethodConfig = Annotated[Eagle3Config | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig, Field(discriminator="kind")
+]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
+    "dflash": (DFlashConfig, DFlashMethod),
+    "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
+    "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
+    "suffix": (SuffixConfig, SuffixMethod),
 }
 
 
-def build_method(config: Eagle3Config | NgramConfig) -> DraftMethod:
+def build_method(
+    config: DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig,
+) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -26,11 +38,15 @@ def build_method(config: Eagle3Config | NgramConfig) -> DraftMethod:
 
 __all__ = [
     "METHODS",
+    "DFlashConfig",
     "DraftMethod",
     "Drafter",
     "Eagle3Config",
+    "EagleConfig",
+    "MedusaConfig",
     "MethodConfig",
     "NgramConfig",
+    "SuffixConfig",
     "TrainableMethod",
     "build_method",
 ]

@@ -17,7 +17,8 @@ from sstf.decode import CostModel
 from sstf.evaluation.config import NGRAM, PLAIN
 from sstf.evaluation.figures import survival_plot, training_plot
 from sstf.evaluation.run import ALL
-from sstf.formats import Engine
+from sstf.formats import Engine, sglang_algorithm, speculative_config
+from sstf.methods import TrainableMethod, build_method
 from sstf.methods.checkpoint import StoredHead
 from sstf.publish.gate import Verdict
 from sstf.publish.record import DEFAULT_MODE, RunRecord
@@ -25,7 +26,12 @@ from sstf.publish.record import DEFAULT_MODE, RunRecord
 UNKNOWN = "not recorded"
 ACCEPTANCE, CURVE = "acceptance", "training"
 BASELINES = (PLAIN, NGRAM)
-PAPERS = {"eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840")}
+PAPERS = {
+    "dflash": ("DFlash", "https://arxiv.org/abs/2602.06036"),
+    "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
+    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+    "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),
+}
 # Settings that a reader of a card asks for; all of them are in run.json.
 SETTINGS = ("epochs", "steps", "step_tokens", "optimizer", "schedule", "precision", "warm_start")
 
@@ -189,19 +195,20 @@ def _introduction(facts: CardFacts) -> list[str]:
 
 def _use(facts: CardFacts) -> list[str]:
     known = depths(facts.record)
-    # Without a measurement, as deep as training unrolled.
-    depth = known.best(min(known.speedup))[0] if known else facts.stored.config.ttt_steps
+    # Without a measurement, as deep as training taught.
+    depth = known.best(min(known.speedup))[0] if known else _taught(facts.stored)
+    kind = facts.stored.config.kind
     base, name = facts.base.name, facts.repo.rpartition("/")[2]
     fetch = f"hf download {facts.repo} --include '{{engine}}/*' --local-dir {name}"
     lines = ["## Use"]
     if "vllm" in facts.engines:
-        config = json.dumps({"method": "eagle3", "model": f"{name}/vllm", "num_speculative_tokens": depth})
+        config = json.dumps(speculative_config(kind, f"{name}/vllm", depth))
         lines += ["", "vLLM:", "", "```sh", fetch.format(engine="vllm")]
         lines += [f"vllm serve {base} --speculative-config '{config}'", "```"]
     if "sglang" in facts.engines:
         lines += ["", "SGLang:", "", "```sh", fetch.format(engine="sglang")]
         lines += [
-            f"python -m sglang.launch_server --model-path {base} --speculative-algorithm EAGLE3 \\",
+            f"python -m sglang.launch_server --model-path {base} --speculative-algorithm {sglang_algorithm(kind)} \\",
             f"    --speculative-draft-model-path {name}/sglang --speculative-num-steps {depth} \\",
             f"    --speculative-eagle-topk 1 --speculative-num-draft-tokens {depth + 1}",
             "```",
@@ -211,6 +218,12 @@ def _use(facts: CardFacts) -> list[str]:
     lines += ["", "sstf:", "", "```sh", f"sstf pull {facts.repo}", f"sstf chat {name}", "```"]
     lines += [line for engine, why in facts.left_out.items() for line in ("", f"No form for {engine}: {why}.")]
     return lines
+
+
+def _taught(stored: StoredHead) -> int:
+    method = build_method(stored.config)
+    assert isinstance(method, TrainableMethod)
+    return method.positions
 
 
 def _results(facts: CardFacts) -> list[str]:

@@ -29,7 +29,7 @@ from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.data.progress import Progress
 from sstf.errors import DamagedDataError, ExportError, SstfError
 from sstf.evaluation.plot_files import write_plots
-from sstf.formats import Engine, export_eagle3, target_for
+from sstf.formats import Engine, export_head, target_for
 from sstf.methods.checkpoint import StoredHead, read_head
 from sstf.publish.card import BaseModel, CardFacts, plots, write_card
 from sstf.publish.gate import CHECKS, Candidate, Verdict
@@ -187,12 +187,12 @@ def _write_head(
     write_json_atomic(folder / "head.json", described)
     shutil.copyfile(asked.head / "head.safetensors", folder / "head.safetensors")
     named = replace(stored, target=replace(stored.target, name=described["target"]["name"]))
-    embeddings = None if isinstance(target, SstfError) else target.frozen_head.embeddings
+    frozen = None if isinstance(target, SstfError) else target.frozen_head
     engines: list[Engine] = []
     left_out: dict[str, str] = {}
     for engine in get_args(Engine):
         try:
-            export_eagle3(named, engine, folder / engine, embeddings=embeddings)
+            export_head(named, engine, folder / engine, frozen=frozen)
             engines.append(engine)
         except ExportError as error:
             shutil.rmtree(folder / engine, ignore_errors=True)

@@ -7,7 +7,7 @@ initialising a head) travel with the feature store, so that training never loads
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class FrozenHead:
     last_layer: dict[str, Tensor]
     softcap: float = 0.0  # logits = softcap * tanh(logits / softcap) where not 0 (Gemma 2)
     scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
+    rms_norm: bool = True  # the final norm is x / rms(x) * final_norm, so that a head can apply it (not in Gemma)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Target logits of normed hidden states, over the whole vocabulary or over `tokens` only.
@@ -65,6 +66,7 @@ class FrozenHead:
             {name: tensor.to(device) for name, tensor in self.last_layer.items()},
             self.softcap,
             self.scale,
+            self.rms_norm,
         )
 
     def save(self, path: Path) -> None:
@@ -73,7 +75,9 @@ class FrozenHead:
         if self.lm_head.data_ptr() != self.embeddings.data_ptr():
             tensors["lm_head"] = self.lm_head
         tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
-        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale], dtype=torch.float64)
+        # The third number is not written where it says nothing new: what was stored before has two.
+        transform = [self.softcap, self.scale] if self.rms_norm else [self.softcap, self.scale, 0.0]
+        tensors["logit_transform"] = torch.tensor(transform, dtype=torch.float64)
         # Not safetensors' own `save_file`: it hides a full disk in an error of its own kind.
         write_bytes_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
@@ -86,7 +90,7 @@ class FrozenHead:
         """
         try:
             tensors = load_file(path)
-            softcap, scale = tensors.pop("logit_transform").tolist()
+            softcap, scale, *other_norm = tensors.pop("logit_transform").tolist()
             embeddings = tensors.pop("embeddings")
             return FrozenHead(
                 embeddings,
@@ -95,6 +99,7 @@ class FrozenHead:
                 {name.removeprefix("last_layer."): tensor for name, tensor in tensors.items()},
                 softcap,
                 scale,
+                not other_norm,
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedDataError(
@@ -148,6 +153,7 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
         # A spread model takes its input from any device, and only its offloaded weights are on none.
         device = "cpu" if output.weight.is_meta else output.weight.device
         probe = torch.arange(8, device=device)[None] % config.vocab_size
+        frozen = replace(frozen, rms_norm=_is_rms_norm(norm, frozen, fields.get("rms_norm_eps") or 1e-6, device))
         expected = model(probe, use_cache=False).logits.float()
         found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state).to(expected.device)
     error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
@@ -157,3 +163,15 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
             "maximum; this architecture transforms its logits in a way that is not supported yet"
         )
     return frozen
+
+
+def _is_rms_norm(norm: nn.Module, frozen: FrozenHead, eps: float, device: torch.device | str) -> bool:
+    """Whether a module does what `FrozenHead.rms_norm` says, tried on states that are not centred."""
+    weight = frozen.final_norm.float().cpu()
+    if weight.shape != frozen.embeddings.shape[1:]:
+        return False
+    x = 1 + 2 * torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
+    x = x.to(frozen.final_norm.dtype)
+    expected = F.rms_norm(x.float(), weight.shape, weight, eps)
+    found = norm(x.to(device)).float().cpu()
+    return bool((found - expected).norm() <= 0.02 * expected.norm())

@@ -11,10 +11,10 @@ import torch
 
 from sstf.data.progress import NoProgress
 from sstf.errors import DataError
-from sstf.evaluation import EvalConfig, Row, compare_heads, evaluate
+from sstf.evaluation import EvalConfig, Row, compare_heads, evaluate, measure
 from sstf.evaluation.metrics import Record
 from sstf.evaluation.run import _row, _summarise, _void
-from sstf.methods import Eagle3Config, NgramConfig, TrainableMethod, build_method
+from sstf.methods import Eagle3Config, NgramConfig, SuffixConfig, TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
 from sstf.trees import Chain, DynamicTree
@@ -48,6 +48,20 @@ def rows(tiny_target: Target, head: DraftHead, suite: str) -> list[Row]:
         policies={"chain": Chain(depth=2), "tree": DynamicTree(depth=3, top_k=3, total_tokens=8)},
     )
     return evaluate(tiny_target, head, config, NoProgress(), seed=1)
+
+
+def test_a_repeat_does_not_find_its_own_earlier_answer(tiny_target: Target, suite: str) -> None:
+    """Suffix lookup remembers answers; what it gains by those of other prompts counts, the repeat's own would not."""
+    head = DraftHead("suffix", build_method(SuffixConfig()))
+    lengths = []
+    for repeats in (1, 3):
+        config = EvalConfig(
+            suite=suite, max_new_tokens=24, repeats=repeats, temperatures=(0.0,), policies={"mine": Chain(depth=8)}
+        )
+        found = measure(tiny_target, head, config, NoProgress())
+        lengths.append(next(r.accepted_length for r in found.rows if (r.arm, r.category) == ("mine", "all")))
+    assert lengths[0] == pytest.approx(lengths[1]) and lengths[0] > 1
+    assert any(limits.arm == "mine" for limits in found.limits)
 
 
 def test_every_arm_at_every_temperature_in_every_category(rows: list[Row]) -> None:
