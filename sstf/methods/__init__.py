@@ -8,19 +8,25 @@ from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
 from sstf.methods.dflash import DFlashConfig, DFlashMethod
+from sstf.methods.domino import DominoConfig, DominoMethod
+from sstf.methods.dspark import DSparkConfig, DSparkMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.ngram import NgramConfig, NgramMethod
 
-MethodConfig = Annotated[DFlashConfig | Eagle3Config | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[
+    DFlashConfig | DominoConfig | DSparkConfig | Eagle3Config | NgramConfig, Field(discriminator="kind")
+]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "dflash": (DFlashConfig, DFlashMethod),
+    "domino": (DominoConfig, DominoMethod),
+    "dspark": (DSparkConfig, DSparkMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "ngram": (NgramConfig, NgramMethod),
 }
 
 
-def build_method(config: DFlashConfig | Eagle3Config | NgramConfig) -> DraftMethod:
+def build_method(config: DFlashConfig | DominoConfig | DSparkConfig | Eagle3Config | NgramConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -29,6 +35,8 @@ def build_method(config: DFlashConfig | Eagle3Config | NgramConfig) -> DraftMeth
 __all__ = [
     "METHODS",
     "DFlashConfig",
+    "DSparkConfig",
+    "DominoConfig",
     "DraftMethod",
     "Drafter",
     "Eagle3Config",
