@@ -10,17 +10,19 @@ from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
 from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.ngram import NgramConfig, NgramMethod
+from sstf.methods.p_eagle import PEagleConfig, PEagleMethod
 
-MethodConfig = Annotated[EagleConfig | Eagle3Config | NgramConfig, Field(discriminator="kind")]
+MethodConfig = Annotated[EagleConfig | Eagle3Config | NgramConfig | PEagleConfig, Field(discriminator="kind")]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "ngram": (NgramConfig, NgramMethod),
+    "p_eagle": (PEagleConfig, PEagleMethod),
 }
 
 
-def build_method(config: EagleConfig | Eagle3Config | NgramConfig) -> DraftMethod:
+def build_method(config: EagleConfig | Eagle3Config | NgramConfig | PEagleConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -34,6 +36,7 @@ __all__ = [
     "EagleConfig",
     "MethodConfig",
     "NgramConfig",
+    "PEagleConfig",
     "TrainableMethod",
     "build_method",
 ]

@@ -17,6 +17,7 @@ from sstf.decode import CostModel
 from sstf.evaluation.config import NGRAM, PLAIN
 from sstf.evaluation.run import ALL
 from sstf.formats import Engine
+from sstf.methods import TrainableMethod, build_method
 from sstf.methods.checkpoint import StoredHead
 from sstf.publish.gate import Verdict
 from sstf.publish.plots import line_chart
@@ -28,6 +29,7 @@ BASELINES = (PLAIN, NGRAM)
 PAPERS = {
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
     "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+    "p_eagle": ("P-EAGLE", "https://arxiv.org/abs/2602.01469"),
 }
 # Settings that a reader of a card asks for; all of them are in run.json.
 SETTINGS = ("epochs", "steps", "step_tokens", "optimizer", "schedule", "precision", "warm_start")
@@ -207,8 +209,9 @@ def _introduction(facts: CardFacts) -> list[str]:
 
 def _use(facts: CardFacts) -> list[str]:
     known = depths(facts.record)
-    # Without a measurement, as deep as training unrolled.
-    depth = known.best(min(known.speedup))[0] if known else facts.stored.config.ttt_steps
+    method = build_method(facts.stored.config)
+    trained = method.positions if isinstance(method, TrainableMethod) else 1
+    depth = known.best(min(known.speedup))[0] if known else trained  # without a measurement, as deep as training went
     base, name = facts.base.name, facts.repo.rpartition("/")[2]
     fetch = f"hf download {facts.repo} --include '{{engine}}/*' --local-dir {name}"
     lines = ["## Use"]
