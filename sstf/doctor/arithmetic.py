@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sstf.doctor.bench import Bench
 from sstf.doctor.probe import Probe
 from sstf.doctor.report import Check, Question, Verdict
-from sstf.heads import Eagle3Head
+from sstf.heads.eagle import EagleModule
 from sstf.targets import Target
 from sstf.types import HiddenTeacher
 
@@ -73,7 +73,7 @@ def check_final_norm(target: Target, probe: Probe) -> Check:
 def check_rotary(bench: Bench) -> Check:
     """The head's angles against those of the target's own rotary module, at near and far positions."""
     head = bench.training
-    if not isinstance(head, Eagle3Head):
+    if not isinstance(head, EagleModule):
         return ROTARY.skipped(f"{type(head).__name__} has no rotary positions")
     found = _rotary_module(bench.target)
     if found is None:
