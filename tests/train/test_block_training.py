@@ -20,13 +20,13 @@ from sstf.train.trainer import Trainer
 from sstf.trees import Chain, DynamicTree
 from sstf.types import TokenSample
 
-SHAPE = {"layers": (1, 3, 4), "num_layers": 2, "block_size": 4}
+SHAPE = {"layers": (1, 3, 4), "num_layers": 1, "block_size": 4}
 KINDS: dict[str, Any] = {
     "dflash": DFlashConfig(**SHAPE),
     "dflash-d-pace": DFlashConfig(**SHAPE, weights={"kind": "d_pace"}),
     "domino": DominoConfig(**SHAPE, gru_size=32, rank=16),
     # The tiny target is unsure of its own tokens; so are confidences, which learn overlaps, and nodes of a small tree.
-    "dspark": DSparkConfig(**(SHAPE | {"block_size": 3}), rank=16, verify_above=0.0),
+    "dspark": DSparkConfig(**(SHAPE | {"block_size": 3, "num_layers": 2}), rank=16, verify_above=0.0),
 }
 
 
