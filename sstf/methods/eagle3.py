@@ -119,6 +119,11 @@ class Eagle3Method:
         """None: the head feeds itself."""
         return DraftLimits()
 
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has a layer of its own."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""
         return fused_layers(self.config.layers, target)
