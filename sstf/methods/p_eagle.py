@@ -87,6 +87,11 @@ class PEagleMethod:
         """As deep as it was trained; children of one level share its distribution."""
         return DraftLimits(depth=self.config.depth)
 
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high.
 
