@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sstf.config_loading import Section
 from sstf.errors import ExportError, HeadError
-from sstf.formats import block, eagle, eagle3, medusa
+from sstf.formats import block, dspark, eagle, eagle3, medusa
 from sstf.formats.family import Family, Order
 from sstf.formats.files import open_published
 from sstf.formats.layer_ids import Engine
@@ -18,6 +18,7 @@ from sstf.targets import FrozenHead, Target, TargetSpec
 
 FAMILIES: dict[str, Family] = {
     "dflash": block.DFLASH,
+    "dspark": dspark.FAMILY,
     "eagle": eagle.FAMILY,
     "eagle3": eagle3.FAMILY,
     "medusa": medusa.FAMILY,

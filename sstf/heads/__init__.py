@@ -1,6 +1,7 @@
 """Draft-head modules and their attention."""
 
 from sstf.heads.block import BlockHead, BlockShape
+from sstf.heads.block_corrections import DominoHead, DSparkHead
 from sstf.heads.eagle import Eagle3Head, EagleShape
 from sstf.heads.eagle1 import Eagle1Head, FusedEagle1
 from sstf.heads.eagle_fused import FusedEagle
@@ -9,6 +10,8 @@ from sstf.heads.medusa import MedusaHead, MedusaShape
 __all__ = [
     "BlockHead",
     "BlockShape",
+    "DSparkHead",
+    "DominoHead",
     "Eagle1Head",
     "Eagle3Head",
     "EagleShape",

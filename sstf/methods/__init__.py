@@ -8,6 +8,8 @@ from pydantic import Field
 
 from sstf.methods.base import Drafter, DraftMethod, TrainableMethod
 from sstf.methods.dflash import DFlashConfig, DFlashMethod
+from sstf.methods.domino import DominoConfig, DominoMethod
+from sstf.methods.dspark import DSparkConfig, DSparkMethod
 from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
@@ -15,11 +17,14 @@ from sstf.methods.ngram import NgramConfig, NgramMethod
 from sstf.methods.suffix import SuffixConfig, SuffixMethod
 
 MethodConfig = Annotated[
-    DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig, Field(discriminator="kind")
+    DFlashConfig | DominoConfig | DSparkConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig,
+    Field(discriminator="kind"),
 ]
 
 METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "dflash": (DFlashConfig, DFlashMethod),
+    "domino": (DominoConfig, DominoMethod),
+    "dspark": (DSparkConfig, DSparkMethod),
     "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
@@ -29,7 +34,14 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
 
 
 def build_method(
-    config: DFlashConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig,
+    config: DFlashConfig
+    | DominoConfig
+    | DSparkConfig
+    | EagleConfig
+    | Eagle3Config
+    | MedusaConfig
+    | NgramConfig
+    | SuffixConfig,
 ) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
@@ -39,6 +51,8 @@ def build_method(
 __all__ = [
     "METHODS",
     "DFlashConfig",
+    "DSparkConfig",
+    "DominoConfig",
     "DraftMethod",
     "Drafter",
     "Eagle3Config",

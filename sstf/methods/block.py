@@ -146,6 +146,8 @@ def initialise(head: BlockHead, frozen: FrozenHead) -> None:
         if parameter.ndim == 2:
             nn.init.normal_(parameter, std=0.02)
     head.norm.weight.copy_(frozen.final_norm)
+    if head.correction is not None:  # which begins as nothing
+        head.correction.zero_()
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------
@@ -303,7 +305,24 @@ class BlockDrafter:
             return logits()
 
         within = replace(context, depth=min(context.depth, drafts))
-        return grow(policy, within, logits()[:, 0], expand, self.draft_tokens)
+        return self.finish(
+            grow(policy, within, logits()[:, 0], expand, self.draft_tokens), hidden, anchors, policy, context
+        )
+
+    def finish(
+        self, trees: list[DraftTree], hidden: Tensor, anchors: Tensor, policy: AnyTree, context: DraftContext
+    ) -> list[DraftTree]:
+        """What of the trees is verified; here all. Whether a node is may depend on the nodes above it, never on its own
+        token: that would bias the text.
+
+        Args:
+            trees: as they were grown.
+            hidden: [batch, drafts, hidden], what `lm_head` read.
+            anchors: [batch] int64.
+            policy: that they were grown by.
+            context: of `propose`.
+        """
+        return trees
 
     def _take_in(self, news: Sequence[News]) -> Tensor:
         """Read what was emitted and fill one block a sequence: [batch, drafts, hidden]."""

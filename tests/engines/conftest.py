@@ -58,13 +58,14 @@ def real_target() -> Target:
 
 @pytest.fixture(scope="session")
 def learned(real_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Learned:
-    return learn(
-        real_target, Eagle3Config(ttt_steps=3, draft_vocab_size=8192), 1e-3, tmp_path_factory.mktemp("learned")
-    )
+    config = Eagle3Config(ttt_steps=3, draft_vocab_size=8192)
+    return learn(real_target, config, tmp_path_factory.mktemp("learned"))
 
 
-def learn(target: Target, config: Any, learning_rate: float, folder: Path) -> Learned:
-    """Train a head of any method for 50 steps on the ladder's texts."""
+def learn(
+    target: Target, config: Any, folder: Path, steps: int = 50, learning_rate: float = 1e-3, precision: str = "bf16"
+) -> Learned:
+    """Train a head of any method on the ladder's texts."""
     method = build_method(config)
     assert isinstance(method, TrainableMethod)
     texts = write_texts(target, PROMPTS, NEW)
@@ -72,12 +73,13 @@ def learn(target: Target, config: Any, learning_rate: float, folder: Path) -> Le
     spec = method.feature_spec(target.spec)
     extract(target, samples, spec, ExtractConfig(), folder / "features", NoProgress())
     train = TrainConfig(
-        steps=50,
+        steps=steps,
         step_tokens=2048,
         optimizer={"learning_rate": learning_rate},
+        precision=precision,
         validation_conversations=0,
-        validate_every=50,
-        checkpoint_every=50,
+        validate_every=steps,
+        checkpoint_every=steps,
     )
     Trainer(FeatureStore(folder / "features"), method, config, train, folder, 0).run(NoProgress(), "learned", {})
     return Learned(target, texts, folder / "head")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sstf.errors import ExportError, HeadError
 from sstf.formats import Engine, export_head, load_any, read_any, sglang_algorithm, speculative_config
-from sstf.methods import DFlashConfig, build_method
+from sstf.methods import DFlashConfig, DSparkConfig, build_method
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import StoredHead
 from sstf.targets import Target
@@ -89,6 +89,48 @@ def test_dflash(
         assert torch.equal(tensors["lm_head.weight"], tiny_target.frozen_head.lm_head[ids].bfloat16())
     check_back(stored, tmp_path, tiny_target)
     assert speculative_config("dflash", "f", 4)["method"] == "dflash" and sglang_algorithm("dflash") == "DFLASH"
+
+
+MARKOV = {
+    "markov_head.markov_w1.weight": (300, 8),
+    "markov_head.markov_w2.weight": (300, 8),
+    "confidence_head.proj.weight": (1, 72),
+    "confidence_head.proj.bias": (1,),
+}
+
+
+@pytest.mark.parametrize(
+    ("settings", "extra"),
+    [({}, {}), ({"draft_vocab_size": 100}, REDUCED | {"markov_head.markov_w2.weight": (100, 8)})],
+)
+def test_dspark(settings: dict[str, Any], extra: dict[str, Any], tiny_target: Target, tmp_path: Path) -> None:
+    """vLLM reads at the top of the configuration what DFlash keeps in a part of its own."""
+    stored = make_head(tiny_target, DSparkConfig, rank=8, **settings)
+    export_head(stored, "vllm", tmp_path, frozen=tiny_target.frozen_head)
+    tensors = load_file(tmp_path / "model.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == BODY | MARKOV | extra
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3DSparkModel"] and "dflash_config" not in config
+    expected = {
+        "mask_token_id": 7,
+        "target_layer_ids": [1, 3, 5],
+        "markov_rank": 8,
+        "markov_head_type": "vanilla",
+        "enable_confidence_head": True,
+        "confidence_head_with_markov": True,
+        "sample_from_anchor": True,
+        "block_size": 5,
+    }
+    assert {name: config[name] for name in expected} == expected
+    check_back(stored, tmp_path, tiny_target)
+    for name, value, message in (
+        ("markov_head_type", "gated", "asks for markov_head_type='gated'"),
+        ("sample_from_anchor", False, "asks for sample_from_anchor=False"),
+        ("markov_rank", 4, r"confidence_head\.proj\.weight has the shape \[1, 72\]"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(HeadError, match=message):
+            read_any(tmp_path, tiny_target.spec)
 
 
 @pytest.mark.parametrize(

@@ -68,6 +68,7 @@ def test_every_feature_has_a_fact_for_every_engine_and_a_source() -> None:
         "several_layers",
         "medusa",
         "dflash",
+        "dspark",
         "smaller_vocabulary",
     }
     features = {fact.feature for fact in facts()} - others

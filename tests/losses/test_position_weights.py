@@ -29,7 +29,7 @@ def test_d_pace_by_hand() -> None:
 
 @given(st.integers(0, 999), st.floats(0, 1))
 def test_d_pace_is_the_slope_of_the_expected_accepted_length(seed: int, floor: float) -> None:
-    """sum_m C_m has w_k / s_k as its derivative by s_k: a weight is what a chain gains by a token that is likelier."""
+    """sum_m C_m has w_k / s_k as its derivative by s_k: what the chain gains by a likelier token."""
     chances = torch.rand(5, 1, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)) * 0.9 + 0.1
     steps = ((1 - floor) * chances + floor).requires_grad_()
     (slope,) = torch.autograd.grad(steps.cumprod(0).sum(), steps)

@@ -57,7 +57,8 @@ def documents(batch: FeatureBatch) -> list[FeatureBatch]:
     for i, length in enumerate(batch.lengths):
         own = {name: rows.split(batch.lengths)[i] for name, rows in columns.items()}
         teacher = HiddenTeacher(batch.teacher.hidden.split(trained)[i], batch.teacher.lse.split(trained)[i])
-        found.append(FeatureBatch(**own, teacher=teacher, lengths=(length,), seeds=batch.seeds[i : i + 1]))
+        rest = {"lengths": (length,), "seeds": batch.seeds[i : i + 1], "progress": batch.progress}
+        found.append(FeatureBatch(**own, teacher=teacher, **rest))
     return found
 
 

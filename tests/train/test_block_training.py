@@ -11,7 +11,7 @@ from tiny_store import PROMPT, head_bytes, train_config
 from sstf.data.progress import NoProgress
 from sstf.decode import SpeculativeDecoder
 from sstf.features import FeatureStore
-from sstf.methods import DFlashConfig, build_method
+from sstf.methods import DFlashConfig, DominoConfig, DSparkConfig, build_method
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import load_head
 from sstf.targets import Target
@@ -24,6 +24,9 @@ SHAPE = {"layers": (1, 3, 4), "num_layers": 2, "block_size": 4}
 KINDS: dict[str, Any] = {
     "dflash": DFlashConfig(**SHAPE),
     "dflash-d-pace": DFlashConfig(**SHAPE, weights={"kind": "d_pace"}),
+    "domino": DominoConfig(**SHAPE, gru_size=32, rank=16),
+    # The tiny target is unsure of its own tokens; so are confidences, which learn overlaps, and nodes of a small tree.
+    "dspark": DSparkConfig(**(SHAPE | {"block_size": 3}), rank=16, verify_above=0.0),
 }
 
 
@@ -43,7 +46,7 @@ def test_learned_by_heart(
     )  # fmt: skip
     make(kind, store, tmp_path, config).run(NoProgress(), "tiny", {})
     head = load_head(tmp_path / "head", tiny_target)
-    for policy in (Chain(depth=3), DynamicTree(depth=3, top_k=3, total_tokens=6)):
+    for policy in (Chain(depth=3), DynamicTree(depth=3, top_k=3, total_tokens=18)):
         decoder = SpeculativeDecoder(tiny_target, head, policy)
         lengths: list[int] = []
         for sample in samples[:8]:
