@@ -6,6 +6,7 @@ from sstf.heads.eagle import Eagle3Head, EagleShape
 from sstf.heads.eagle1 import Eagle1Head, FusedEagle1
 from sstf.heads.eagle_fused import FusedEagle
 from sstf.heads.medusa import MedusaHead, MedusaShape
+from sstf.heads.p_eagle import PEagleHead
 
 __all__ = [
     "BlockHead",
@@ -19,4 +20,5 @@ __all__ = [
     "FusedEagle1",
     "MedusaHead",
     "MedusaShape",
+    "PEagleHead",
 ]

@@ -11,6 +11,7 @@ at once, for heads that draft in parallel.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sstf.heads.ttt_attention import Seen, pick, ttt_attention, ttt_attention_backward, ttt_attention_reference
+from sstf.row_blocks import filled
 
 
 class Layer(Protocol):
@@ -132,3 +134,49 @@ class Rollout:
             later.append((key, value))
             x = layer.finish(x, self.how(query, first, later, self.rows, self.lengths))
         return x
+
+
+def in_one_pass(
+    layers: Sequence[Layer],
+    embeds: Float[Tensor, "all hidden"],
+    x: Float[Tensor, "all hidden"],
+    turn: tuple[Tensor, Tensor],
+    depths: Sequence[Int[Tensor, "row"]],
+    lengths: Sequence[int],
+    how: Attend = attend,
+) -> Float[Tensor, "pair hidden"]:
+    """All steps at once, for heads whose later steps do not read the earlier ones' outputs.
+
+    Args:
+        layers: from the first to the last.
+        embeds: of all rows [seq] of step 0, then of the rows of step 1, and so on.
+        x: what the first layer reads beside them.
+        turn: cosine and sine of the same rows.
+        depths: of each step, the rows at which it is run, ascending; those of step 2 are among those of step 1, and so
+            on. Step 0 is run everywhere and handed out at `depths[0]`.
+        lengths: rows of each document in [seq].
+        how: `attend`, or its reference.
+
+    Returns:
+        The last layer's output at the rows of each step, one step after the other.
+    """
+    seq = sum(lengths)
+    sizes = [seq, *(len(rows) for rows in depths[1:])]
+    every = torch.arange(seq, device=x.device)
+    # Where each step's rows stand among those of the step before.
+    places = [torch.searchsorted(before, rows) for before, rows in pairwise(depths[1:])]
+    embeds, cos, sin = filled(embeds), filled(turn[0]), filled(turn[1])
+    for layer in layers:
+        rows = depths[0] if layer is layers[-1] else every
+        parts = (part[: sum(sizes)].split(sizes) for part in layer.qkv(embeds, filled(x), cos, sin))
+        queries, keys, values = parts
+        first = keys[0], values[0]
+        attended = [how(pick(queries[0], rows), first, [], rows, lengths)]
+        later: list[KeyValue] = []
+        for depth in range(1, len(depths)):
+            kept = [(key[places[depth - 2]], value[places[depth - 2]]) for key, value in later]
+            later = [*kept, (keys[depth], values[depth])]
+            attended.append(how(queries[depth], first, later, depths[depth], lengths))
+        behind = torch.cat(attended)
+        x = layer.finish(filled(torch.cat([pick(x[:seq], rows), x[seq:]])), filled(behind))[: len(behind)]
+    return x

@@ -14,10 +14,19 @@ from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
+from sstf.methods.p_eagle import PEagleConfig, PEagleMethod
 from sstf.methods.suffix import SuffixConfig, SuffixMethod
 
 MethodConfig = Annotated[
-    DFlashConfig | DominoConfig | DSparkConfig | EagleConfig | Eagle3Config | MedusaConfig | NgramConfig | SuffixConfig,
+    DFlashConfig
+    | DominoConfig
+    | DSparkConfig
+    | EagleConfig
+    | Eagle3Config
+    | MedusaConfig
+    | NgramConfig
+    | PEagleConfig
+    | SuffixConfig,
     Field(discriminator="kind"),
 ]
 
@@ -29,20 +38,12 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
+    "p_eagle": (PEagleConfig, PEagleMethod),
     "suffix": (SuffixConfig, SuffixMethod),
 }
 
 
-def build_method(
-    config: DFlashConfig
-    | DominoConfig
-    | DSparkConfig
-    | EagleConfig
-    | Eagle3Config
-    | MedusaConfig
-    | NgramConfig
-    | SuffixConfig,
-) -> DraftMethod:
+def build_method(config: MethodConfig) -> DraftMethod:
     """The method that a configuration describes."""
     method: DraftMethod = METHODS[config.kind][1](config)
     return method
@@ -60,6 +61,7 @@ __all__ = [
     "MedusaConfig",
     "MethodConfig",
     "NgramConfig",
+    "PEagleConfig",
     "SuffixConfig",
     "TrainableMethod",
     "build_method",

@@ -13,13 +13,12 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, mod
 from torch import Tensor, nn
 
 from sstf.config_loading import Section
-from sstf.errors import ConfigError
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import CHUNK, Kl, Objective, fused_distill
 from sstf.methods.base import DraftLimits
 from sstf.methods.cached_drafter import FeedbackDrafter
-from sstf.methods.first_weights import start_from_last_layer
+from sstf.methods.eagle3_parts import fused_layers, initialise
 from sstf.methods.supervision import in_blocks, outcome, rows_in_blocks, supervise, teachers_over
 from sstf.targets import FrozenHead, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
@@ -122,14 +121,7 @@ class Eagle3Method:
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""
-        count = target.num_layers
-        layers = self.config.layers or (1, count // 2 - 1, count - 4)
-        if len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
-            raise ConfigError(
-                f"method.layers: target {target.name} has layers 0 to {count - 1}, cannot read {list(layers)}; "
-                "name different layers in that range"
-            )
-        return FeatureSpec(tuple(sorted(layers)))
+        return fused_layers(self.config.layers, target)
 
     def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
         """Of the head for a target."""
@@ -157,14 +149,7 @@ class Eagle3Method:
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle3Head:
         """A new head; lm_head rows come from the target's."""
         head = Eagle3Head(self.shape(target, len(draft_tokens)), frozen.embeddings, draft_tokens)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                if parameter.ndim == 2:
-                    nn.init.normal_(parameter, std=0.02)
-            head.lm_head.weight.copy_(frozen.lm_head[draft_tokens])
-            head.norm.weight.copy_(frozen.final_norm)
-            if self.config.init == "target":
-                start_from_last_layer(head, frozen.last_layer)
+        initialise(head, frozen, self.config.init)
         return head
 
     def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
