@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from sstf.config_loading import Section
 from sstf.data.config import DataConfig, SampleSource
+from sstf.errors import ConfigError
 from sstf.evaluation import EvalConfig
 from sstf.features import ExtractConfig
 from sstf.formats import ExportConfig
-from sstf.methods import Eagle3Config, MethodConfig
+from sstf.methods import Eagle3Config, MethodConfig, build_method
 from sstf.targets import TargetConfig
 from sstf.train.config import TrainConfig
 
@@ -32,8 +33,19 @@ class RunConfig(Section):
     extract: ExtractConfig = ExtractConfig()
     method: MethodConfig = Eagle3Config()
     train: TrainConfig = TrainConfig(epochs=3)
-    eval: EvalConfig = EvalConfig()
+    eval: EvalConfig = Field(default=EvalConfig(), validate_default=True)
     export: ExportConfig = ExportConfig()
+
+    @field_validator("eval")
+    @classmethod
+    def _can_be_drafted(cls, given: EvalConfig, info: ValidationInfo) -> EvalConfig:
+        if "method" not in info.data:  # it is wrong itself, and that is said
+            return given
+        method = info.data["method"]
+        try:
+            return given.fitted(build_method(method).limits, f"method {method.kind}")
+        except ConfigError as error:
+            raise ValueError(str(error)) from None
 
     @property
     def folder(self) -> Path:

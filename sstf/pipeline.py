@@ -41,7 +41,7 @@ from sstf.errors import ConfigError, DamagedDataError, DataError, SstfError, Tar
 from sstf.evaluation import load_suite, measure, write_report
 from sstf.features import WHOLE, FeatureSource, FeatureStore, OnlineFeatures, Part, extract, own_target, verify
 from sstf.features.on_policy import argmax_share
-from sstf.formats import export_eagle3
+from sstf.formats import export_head, needs_target
 from sstf.methods import TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead, load_head, read_head
 from sstf.parity.ladder import ParitySettings, climb
@@ -487,7 +487,8 @@ class Run:
         """
         if not self.config.train.parity:
             return {}
-        settings = ParitySettings(engines=self.config.export.engines, prompts=PARITY_PROMPTS, max_new_tokens=32)
+        engines = self.config.export.chosen(self.config.method.kind)
+        settings = ParitySettings(engines=engines, prompts=PARITY_PROMPTS, max_new_tokens=32)
         try:
             parity = climb(head, self.target, settings, self.config.train.precision, self.progress)
         except (TargetError, DataError) as error:  # says nothing about the head
@@ -517,7 +518,14 @@ class Run:
         head = load_head(path, self.target) if path else DraftHead(self.config.method.kind, self.method)
         seen = self._seen_in_training()
         found = measure(self.target, head, self.config.eval, self.progress, self.config.seed)
-        write_report(folder, found, self.target, str(path) if path else None, self.config.eval.model_dump(mode="json"))
+        write_report(
+            folder,
+            found,
+            self.target,
+            str(path) if path else None,
+            self.config.eval.model_dump(mode="json"),
+            self.progress.note,
+        )
         keys = ("arm", "temperature", "accepted_length", "tokens_per_second", "speedup", "speedup_ci", "void")
         return {
             "rows": [{key: getattr(row, key) for key in keys} for row in found.rows if row.category == "all"],
@@ -545,8 +553,11 @@ class Run:
 
     def _export(self, folder: Path) -> dict[str, Any]:
         stored = read_head(self.folder("train") / "head")
-        for engine in self.config.export.engines:
-            embeddings = self._features().frozen_head().embeddings if engine == "speculators" else None
-            for sentence in export_eagle3(stored, engine, folder / engine, embeddings=embeddings):
+        engines = self.config.export.chosen(stored.config.kind)
+        if not engines:
+            self.progress.note(f"no engine here knows method {stored.config.kind}: there is nothing to export")
+        for engine in engines:
+            frozen = self._features().frozen_head() if needs_target(stored.config.kind, engine) else None
+            for sentence in export_head(stored, engine, folder / engine, frozen=frozen):
                 self.progress.note(sentence)
-        return {"engines": list(self.config.export.engines)}
+        return {"engines": list(engines)}

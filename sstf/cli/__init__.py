@@ -131,7 +131,9 @@ def _add_chat(sub: argparse.ArgumentParser) -> None:
         "every line of the input is a message: the answers go to the output, all else to the error output."
     )
     sub.epilog = "example: sstf chat runs/demo --policy '{kind: dynamic, depth: 3, top_k: 4, total_tokens: 12}'"
-    sub.add_argument("head", metavar="HEAD", help="a head's folder, a run with one, or ngram: prompt lookup")
+    sub.add_argument(
+        "head", metavar="HEAD", help="a head's folder, a run with one, or ngram or suffix: lookup without a head"
+    )
     sub.add_argument("--target", metavar="NAME", help="embedded name, folder or hub id, if not where the head says")
     for option, metavar, text in CHAT_OPTIONS:
         sub.add_argument(option, metavar=metavar, help=text)

@@ -45,7 +45,8 @@ def export_head(args: argparse.Namespace, err: Console) -> None:
     if args.overrides:
         raise ConfigError(f"with --to a head is exported, which has no setting {args.overrides[0]}; leave it out")
     quiet_libraries()
-    from sstf.formats import Engine, export_eagle3, find_head, read_any, target_for, target_of
+    from sstf.formats import Engine, find_head, needs_target, read_any, target_for, target_of
+    from sstf.formats import export_head as write_export
     from sstf.methods.checkpoint import check_embeddings, read_head
     from sstf.targets import EMBEDDED, locate
 
@@ -54,20 +55,20 @@ def export_head(args: argparse.Namespace, err: Console) -> None:
     out: Path = args.out or folder.with_name(f"{folder.resolve().name}-{args.to}")
     if out.resolve() == folder.resolve() or (out.exists() and not _may_be_replaced(out)):
         raise ConfigError(f"{out} holds something else than an earlier export; choose another folder with --out")
-    embeddings = None
+    frozen = None
     if (folder / "head.json").is_file():
         stored = read_head(folder)
-        if args.to == "speculators":
+        if needs_target(stored.config.kind, args.to):
             with suppress(TargetError):  # the sentences say what the form lacks then
-                embeddings = target_for(folder, stored.target).frozen_head.embeddings
+                frozen = target_for(folder, stored.target).frozen_head
     else:
         target = target_of(folder, args.target)
         stored = read_any(folder, target.spec)
         check_embeddings(stored, target.frozen_head)
-        embeddings = target.frozen_head.embeddings
+        frozen = target.frozen_head
     # Others load the target by its folder: an embedded name means nothing to them.
     verifier = locate(args.target) if args.target in EMBEDDED else args.target
-    sentences = export_eagle3(stored, args.to, out, verifier, embeddings)
+    sentences = write_export(stored, args.to, out, verifier, frozen)
     console = Console()
     console.print(Text(f"{'for ' + args.to:<17}{out}"), soft_wrap=True)
     for sentence in sentences:

@@ -33,7 +33,9 @@ def add(commands: Any) -> None:
         "SIGTERM ends it: running answers get some seconds more."
     )
     sub.epilog = "example: sstf serve runs/demo --port 8000"
-    sub.add_argument("head", metavar="HEAD", help="a head's folder, a run with one, or ngram: prompt lookup")
+    sub.add_argument(
+        "head", metavar="HEAD", help="a head's folder, a run with one, or ngram or suffix: lookup without a head"
+    )
     sub.add_argument("--target", metavar="NAME", help="embedded name, folder or hub id, if not where the head says")
     for option, metavar, text in OPTIONS:
         sub.add_argument(option, metavar=metavar, help=text)

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="suite, prompts, max_new_tokens, batches, contexts, repeats",
     )
     sub.add_argument("--target", metavar="NAME", help="of a head: its target, if not where the head says")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="write tune.json and tune.svg there")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write tune.json and the figure tune there")
     sub.set_defaults(work=run)
 
 
@@ -38,7 +38,8 @@ def run(args: argparse.Namespace, err: Console) -> int:
     quiet_libraries()
     from sstf.config_loading import load_options
     from sstf.errors import ConfigError
-    from sstf.formats import find_head, load_any, target_of
+    from sstf.formats import find_head, read_any, target_of
+    from sstf.methods.checkpoint import for_decoding
     from sstf.pipeline import load_run
     from sstf.progress_display import display
     from sstf.targets import EMBEDDED, locate
@@ -63,14 +64,16 @@ def run(args: argparse.Namespace, err: Console) -> int:
     else:
         folder = find_head(args.subject)
         target = target_of(folder, args.target)
-    measured = measure(target, load_any(folder, target), config, progress)
+    stored = read_any(folder, target.spec)
+    measured = measure(target, for_decoding(stored, target, str(folder)), config, progress)
     found = plan(measured)
     name = target.spec.name
-    commands = launch_lines(found, str(locate(name)) if name in EMBEDDED else name, str(folder))
+    model = str(locate(name)) if name in EMBEDDED else name
+    commands = launch_lines(found, model, str(folder), stored.config.kind)
     out = Console()
     print_plan(found, measured, commands, out)
     if args.out:
-        write_plan(args.out, found, measured, commands)
+        shown = write_plan(args.out, found, measured, commands, progress.note)
         out.print(Text(f"{'plan':<15}{args.out / 'tune.json'}"), soft_wrap=True)
-        out.print(Text(f"{'figure':<15}{args.out / 'tune.svg'}"), soft_wrap=True)
+        out.print(Text(f"{'figure':<15}{shown}"), soft_wrap=True)
     return 0 if any(found.break_even.values()) else 1

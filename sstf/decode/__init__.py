@@ -3,6 +3,7 @@
 from sstf.decode.adaptive import AnyPolicy, BanditPolicy, DecodePolicy, Experience
 from sstf.decode.cost import CostModel
 from sstf.decode.engine import Generation, SpeculativeDecoder, Step, Timings
+from sstf.decode.limits import refuse_beyond, within
 from sstf.decode.measure import measure_costs
 from sstf.decode.verify import (
     Verified,
@@ -25,9 +26,11 @@ __all__ = [
     "Timings",
     "Verified",
     "measure_costs",
+    "refuse_beyond",
     "verify_block",
     "verify_deterministic",
     "verify_greedy",
     "verify_sampled",
     "verify_traversal",
+    "within",
 ]

@@ -24,6 +24,7 @@ from sstf.decode.adaptive import AnyPolicy, BanditPolicy, Experience, tree_polic
 from sstf.decode.bandit import PLAIN, Bandit
 from sstf.decode.cost import CostModel
 from sstf.decode.hybrid import LONGEST, HybridDrafter
+from sstf.decode.limits import refuse_beyond, within
 from sstf.decode.measure import measure_costs
 from sstf.decode.passes import Passes, read
 from sstf.decode.stop import StopStrings
@@ -97,12 +98,15 @@ class SpeculativeDecoder:
     Args:
         target: the frozen model.
         head: a method with its trained module.
-        policy: a tree policy or a bandit over several; a chain of 4 by default.
+        policy: a tree policy or a bandit over several; by default a chain of 4, or of what the method can draft.
         verification: of drawn trees: `sequence` decides over whole paths (block and traversal verification), `token`
             token by token. Both are lossless, the first accepts more.
         experience: what decoding learned earlier; it goes on learning.
         timed: on a GPU, wait for the device between drafting and verification, so that `Timings` tells them apart and
             cost-aware trees learn; off, a greedy step waits once, for its tokens.
+
+    Raises:
+        ConfigError: the policy asks for more than the head's method can draft.
     """
 
     def __init__(
@@ -116,11 +120,20 @@ class SpeculativeDecoder:
     ) -> None:
         self.timed = timed
         self.target, self.head, self.verification = target, head, verification
-        self.policy: AnyPolicy = _for_chains_only(policy or Chain(), target) if head else policy or Chain()
+        self.policy: AnyPolicy = policy or Chain()
+        if head:
+            limits = head.method.limits
+            if policy:
+                refuse_beyond(limits, policy, f"head {head.name}")
+            self.policy = _for_chains_only(within(limits, self.policy), target)
         self.experience = experience or Experience()
         self.layers = head.method.feature_spec(target.spec).layers if head else ()
         self.taps = target.tap(self.layers)
         self._passes: Passes | None = None
+        self.drafter = self._new_drafter()
+
+    def forget_texts(self) -> None:
+        """Draft as if nothing had been decoded before, also where earlier texts are drafted from."""
         self.drafter = self._new_drafter()
 
     def _new_drafter(self) -> Drafter | None:

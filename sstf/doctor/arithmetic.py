@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from sstf.doctor.bench import Bench
 from sstf.doctor.probe import Probe
 from sstf.doctor.report import Check, Question, Verdict
-from sstf.heads.eagle import EagleModule
 from sstf.targets import Target
 from sstf.types import HiddenTeacher
 
@@ -59,6 +59,16 @@ OUTSIDE = Question(
 )
 
 
+@runtime_checkable
+class Rotary(Protocol):
+    """A head that turns queries and keys by their positions."""
+
+    frequencies: Tensor  # [head_dim / 2], radians a position
+
+    def rope(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosine and sine [*rows, 1, head_dim / 2]."""
+
+
 def check_final_norm(target: Target, probe: Probe) -> Check:
     """The teacher's logits, made of the states that training keeps, against the logits of the model itself."""
     teacher = probe.batch.teacher
@@ -73,12 +83,14 @@ def check_final_norm(target: Target, probe: Probe) -> Check:
 def check_rotary(bench: Bench) -> Check:
     """The head's angles against those of the target's own rotary module, at near and far positions."""
     head = bench.training
-    if not isinstance(head, EagleModule):
+    if not isinstance(head, Rotary):
         return ROTARY.skipped(f"{type(head).__name__} has no rotary positions")
     found = _rotary_module(bench.target)
     if found is None:
         return ROTARY.skipped(f"{type(bench.target.decoder).__name__} has no single rotary module")
-    dim = head.shape.head_dim
+    dim = 2 * len(head.frequencies)
+    if dim != bench.target.spec.head_dim:
+        return ROTARY.skipped(f"its attention heads are of size {dim}, the target's of {bench.target.spec.head_dim}")
     far = max(2, bench.target.spec.max_position_embeddings - 1)
     positions = torch.tensor([[1, far]], device=bench.target.device)
     with torch.inference_mode():
@@ -105,6 +117,11 @@ def _rotary_module(target: Target) -> nn.Module | None:
     return found[0] if len(found) == 1 and not per_layer_type else None
 
 
+def norm_weights(head: nn.Module) -> list[str]:
+    """Names of the weights of all norms of a head."""
+    return [f"{name}.weight" for name, module in head.named_modules() if isinstance(module, nn.RMSNorm)]
+
+
 @torch.no_grad()
 def check_norms(bench: Bench) -> Check:
     """Each norm's weight is changed, in the form that trains and in the form that drafts."""
@@ -113,9 +130,8 @@ def check_norms(bench: Bench) -> Check:
     loss, (tokens, chances) = float(bench.run(batch).loss), bench.drafted()
     moved: dict[str, tuple[float, float]] = {}
     decoding = dict(bench.decoding.named_parameters())
-    for name, weight in bench.training.named_parameters():
-        if weight.ndim != 1:
-            continue
+    for name in norm_weights(bench.training):
+        weight = bench.training.get_parameter(name)
         kept = weight.clone(), decoding[name].clone()
         factor = 1 + 0.5 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(0)).to(weight.device)
         weight.mul_(factor)

@@ -20,7 +20,7 @@ from sstf.errors import DamagedDataError, HeadError
 from sstf.methods.checkpoint import read_head
 
 # Where published forms write the target's layers that are read, each counted in its own way.
-LAYER_KEYS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "layer_ids")
+LAYER_KEYS = ("eagle_aux_hidden_state_layer_ids", "aux_hidden_state_layer_ids", "layer_ids", "target_layer_ids")
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,10 @@ class HeadFiles:
         """The tensor of that name, whatever module it is said to be in."""
         found = (tensor for key, tensor in self.tensors.items() if key == name or key.endswith(f".{name}"))
         return next(found, None)
+
+    def has(self, name: str) -> bool:
+        """Whether there is a tensor of that name, see `tensor`."""
+        return self.tensor(name) is not None
 
     def layer_ids(self) -> list[int] | None:
         """The layers named in the files, in whatever convention; None where none are."""

@@ -8,8 +8,9 @@ from typing import Annotated
 from pydantic import Field, model_validator
 
 from sstf.config_loading import Section
-from sstf.decode import DecodePolicy
+from sstf.decode import DecodePolicy, refuse_beyond, within
 from sstf.evaluation.suites import NAMED
+from sstf.methods.base import DraftLimits
 from sstf.trees import Chain, DynamicTree
 
 PLAIN, NGRAM = "plain", "ngram"  # the free baselines, measured beside every head
@@ -47,3 +48,19 @@ class EvalConfig(Section):
         if self.suite not in NAMED and not Path(self.suite).is_file():
             raise ValueError(f"suite is {self.suite!r}, expected {', '.join(NAMED)} or an existing JSONL file")
         return self
+
+    def fitted(self, limits: DraftLimits, drafter: str) -> EvalConfig:
+        """With policies that a method can draft: the default ones are cut, and trees left out where it drafts chains.
+
+        Raises:
+            ConfigError: a policy that was set asks for more, see `refuse_beyond`.
+        """
+        if "policies" in self.model_fields_set:
+            for name, policy in self.policies.items():
+                refuse_beyond(limits, policy, drafter, f"eval.policies.{name}")
+            return self
+        kept: dict[str, DecodePolicy] = {}
+        for name, policy in self.policies.items():
+            if type(cut := within(limits, policy)) is type(policy):
+                kept[name] = cut
+        return self if kept == self.policies else self.model_copy(update={"policies": kept})

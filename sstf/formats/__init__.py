@@ -1,17 +1,31 @@
 """Heads in the forms of serving engines and other trainers: written, read back, imported."""
 
-from sstf.formats.eagle3 import ExportConfig, export_eagle3
+from sstf.formats.families import (
+    FAMILIES,
+    ExportConfig,
+    engines_of,
+    export_head,
+    load_any,
+    needs_target,
+    read_any,
+    sglang_algorithm,
+    speculative_config,
+)
 from sstf.formats.layer_ids import Engine
 from sstf.formats.lookup import find_head, target_for, target_of
-from sstf.formats.published import load_any, read_any
 
 __all__ = [
+    "FAMILIES",
     "Engine",
     "ExportConfig",
-    "export_eagle3",
+    "engines_of",
+    "export_head",
     "find_head",
     "load_any",
+    "needs_target",
     "read_any",
+    "sglang_algorithm",
+    "speculative_config",
     "target_for",
     "target_of",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +16,7 @@ from sstf.targets import TargetSpec
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
 FORMS: dict[Engine, str] = {"vllm": "eagle", "sglang": "eagle", "speculators": "speculators"}
+WHOSE = {"eagle": "EAGLE's", "speculators": "speculators'", "medusa": "Medusa's", "dflash": "DFlash's"}
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -42,10 +44,11 @@ def facts() -> list[Fact]:
 
 
 def features_of(config: Eagle3Config, target: TargetSpec, full_vocabulary: bool) -> list[str]:
-    """What an engine has to be able to do to run a head, in the words of the table."""
+    """What an engine has to be able to do to run an EAGLE-3 head, in the words of the table."""
     layers = config.layers or usual_layers(target.num_layers)
     has = {
         "eagle3": True,
+        "several_layers": config.num_layers > 1,
         "full_vocabulary": full_vocabulary,
         "other_layers": tuple(layers) != usual_layers(target.num_layers),
         "other_layer_count": len(layers) != 3,
@@ -55,20 +58,18 @@ def features_of(config: Eagle3Config, target: TargetSpec, full_vocabulary: bool)
     return [name for name, there in has.items() if there]
 
 
-def needs(engine: Engine, config: Eagle3Config, target: TargetSpec, full_vocabulary: bool) -> list[str]:
+def needs(engine: Engine, wanted: Sequence[str], form: str | None = None) -> list[str]:
     """What users of an export have to know: versions, and what nobody tried here.
 
     Args:
         engine: that the export is for. speculators' form is also served by vLLM.
-        config: of the head.
-        target: of the head.
-        full_vocabulary: whether it drafts all tokens of the target.
+        wanted: what the engine has to be able to do, in the words of the table; the method itself first.
+        form: of the export, if not the usual one for EAGLE heads.
 
     Raises:
         ExportError: no version of the engine runs such a head.
     """
-    wanted = features_of(config, target, full_vocabulary)
-    rows = [fact for fact in facts() if fact.form == FORMS[engine] and fact.feature in wanted]
+    rows = [fact for fact in facts() if fact.form == (form or FORMS[engine]) and fact.feature in wanted]
     sentences = []
     for one in dict.fromkeys([engine, *(fact.engine for fact in rows if fact.form == "speculators")]):
         own = [fact for fact in rows if fact.engine == one]
@@ -78,15 +79,15 @@ def needs(engine: Engine, config: Eagle3Config, target: TargetSpec, full_vocabul
                 f"no version of {NAMES[one]} up to {_data()['looked_at'][one]} runs a head with "
                 f"{_data()['features'][never[0].feature]} ({never[0].source})"
             )
-        sentences.append(_sentence(one, own, never))
+        sentences.append(_sentence(one, own, never, wanted[0]))
     return sentences
 
 
-def _sentence(engine: str, own: list[Fact], never: list[Fact]) -> str:
+def _sentence(engine: str, own: list[Fact], never: list[Fact], method: str) -> str:
     if never:
         return f"{NAMES[engine]} does not run it in this form: {never[0].feature}"
     newest = max(own, key=lambda fact: _key(fact.since))
-    reason = "" if newest.feature == "eagle3" else f", for {newest.feature}"
+    reason = "" if newest.feature == method else f", for {newest.feature}"
     tried = sorted({version for fact in own for version in fact.tested}, key=_key)
     untested = [fact.feature for fact in own if not fact.tested]
     said = f"tried here with {', '.join(tried)}" if tried else "untested here"
@@ -105,7 +106,7 @@ def table() -> str:
     for fact in facts():
         cells = (
             NAMES[fact.engine],
-            {"eagle": "EAGLE's", "speculators": "speculators'"}[fact.form],
+            WHOSE[fact.form],
             _data()["features"][fact.feature],
             fact.since or f"not up to {_data()['looked_at'][fact.engine]}",
             ", ".join(fact.tested) or "no",

@@ -9,7 +9,7 @@ from typing import get_args
 import yaml
 
 from sstf.errors import HeadError, TargetError
-from sstf.formats.published import looks_published, read_config
+from sstf.formats.files import looks_published, read_config
 from sstf.methods.checkpoint import read_head
 from sstf.targets import EMBEDDED, Target, TargetConfig, TargetSpec, load_target
 from sstf.targets.huggingface import Dtype
@@ -17,7 +17,7 @@ from sstf.targets.huggingface import Dtype
 
 def find_head(name: str) -> Path:
     """The head's folder, given itself, its training folder, or its run with one finished head. A folder with a
-    published head is itself; `published.py` says whether it can be read.
+    published head is itself; `families.py` says whether it can be read.
 
     Raises:
         HeadError: there is none, or more than one.
@@ -41,7 +41,7 @@ def find_head(name: str) -> Path:
         return folder
     raise HeadError(
         f"{folder}: no head there; expected a head folder that `sstf train` wrote, the folder of a run that trained "
-        "one, a published EAGLE-3 head (config.json and model.safetensors), or ngram for prompt lookup without a head"
+        "one, a published head (config.json and model.safetensors), or ngram for prompt lookup without a head"
     )
 
 

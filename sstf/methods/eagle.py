@@ -78,6 +78,24 @@ class EagleMethod:
         """The last layer, whose output the head norms itself."""
         return FeatureSpec((target.num_layers - 1,))
 
+    def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
+        """Of the head for a target."""
+        return EagleShape(
+            hidden_size=target.hidden_size,
+            taps=target.hidden_size,
+            num_heads=target.num_heads,
+            num_kv_heads=target.num_kv_heads,
+            head_dim=target.head_dim,
+            intermediate_size=target.intermediate_size,
+            draft_vocab_size=draft_vocab_size,
+            vocab_size=target.vocab_size,
+            rms_norm_eps=target.rms_norm_eps,
+            rope_theta=target.rope_theta,
+            max_position_embeddings=target.max_position_embeddings,
+            rope_scaling=target.rope_scaling,
+            num_layers=self.config.num_layers,
+        )
+
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle1Head:
         """A new head, which at first hands f on, next to little else.
 
@@ -89,22 +107,7 @@ class EagleMethod:
                 f"method.kind eagle: the final norm of target {target.name} ({target.architecture}) is no RMSNorm by "
                 "its weight alone, so the head cannot make the states that lm_head reads; take method eagle3"
             )
-        shape = EagleShape(
-            hidden_size=target.hidden_size,
-            taps=target.hidden_size,
-            num_heads=target.num_heads,
-            num_kv_heads=target.num_kv_heads,
-            head_dim=target.head_dim,
-            intermediate_size=target.intermediate_size,
-            draft_vocab_size=len(draft_tokens),
-            vocab_size=target.vocab_size,
-            rms_norm_eps=target.rms_norm_eps,
-            rope_theta=target.rope_theta,
-            max_position_embeddings=target.max_position_embeddings,
-            rope_scaling=target.rope_scaling,
-            num_layers=self.config.num_layers,
-        )
-        head = Eagle1Head(shape, frozen, draft_tokens)
+        head = Eagle1Head(self.shape(target, len(draft_tokens)), frozen, draft_tokens)
         with torch.no_grad():
             for parameter in head.parameters():
                 if parameter.ndim == 2:

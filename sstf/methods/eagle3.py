@@ -73,7 +73,7 @@ class Eagle3Config(Section):
         """A shape that is left as it is is not written: what is keyed by a configuration keeps its key."""
         fields: dict[str, Any] = dump(self)
         if self.num_layers == 1:
-            fields.pop("num_layers", None)  # a part of the fields may be asked for
+            fields.pop("num_layers", None)  # part of a dump may be asked for
         return {name: value for name, value in fields.items() if name not in SHAPE_FIELDS or value not in (None, False)}
 
 

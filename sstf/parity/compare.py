@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sstf.heads import Eagle3Head
 from sstf.parity.trace import Trace
@@ -34,8 +34,13 @@ class Difference:
         return f"{self.name} {self.what}"
 
 
+def tensors_of(head: nn.Module, layers: tuple[int, ...]) -> dict[str, Tensor]:
+    """What is kept of a head of any method, and the layers that it reads."""
+    return {"layers": torch.tensor(layers), **head.state_dict()}
+
+
 def weights_of(head: Eagle3Head, layers: tuple[int, ...]) -> dict[str, Tensor]:
-    """All that decides what a head computes, in the order of computation."""
+    """All that decides what an EAGLE-3 head computes, in the order of computation."""
     last = head.shape.max_position_embeddings - 1
     positions = torch.linspace(0, last, min(ANGLES, last + 1), dtype=torch.float64).long().to(head.d2t.device)
     cos, sin = head.rope(positions)
@@ -123,15 +128,13 @@ class Comparison:
         return self.same / self.drafted
 
     @property
-    def logits_mean(self) -> float:
-        """Mean absolute error of the draft logits."""
+    def logits(self) -> dict[str, float]:
+        """Largest and mean absolute error of the draft logits; nothing where they are not seen."""
         logits = [sums for name, sums in self.sums.items() if name.startswith("logits.")]
-        return sum(sums.errors for sums in logits) / max(1, sum(sums.count for sums in logits))
-
-    @property
-    def logits_max(self) -> float:
-        """Largest absolute error of the draft logits."""
-        return max((sums.largest for name, sums in self.sums.items() if name.startswith("logits.")), default=0.0)
+        if not logits:
+            return {}
+        mean = sum(sums.errors for sums in logits) / max(1, sum(sums.count for sums in logits))
+        return {"logits_max": max(sums.largest for sums in logits), "logits_mean": mean}
 
     def first(self) -> Difference | None:
         """The first value, in the order of computation, that is further off than the bounds allow."""

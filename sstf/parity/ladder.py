@@ -8,7 +8,9 @@
 | vLLM | the engine itself, see `served` | exported |
 
 At each rung: the first tensor that is another one (a layer id, a weight, or a value on the way to the logits), the
-error of the draft logits, the share of drafted tokens that agree, and the accepted length.
+error of the draft logits, the share of drafted tokens that agree, and the accepted length. Values on the way are seen
+of EAGLE-3 heads alone. Of others the reloaded head is compared with what the loss counts: which drafts of a chain are
+right, up to the first that is not, for there decoding reads its own drafts and the loss the text.
 """
 
 from __future__ import annotations
@@ -17,33 +19,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Literal, NamedTuple, TypedDict
+from typing import TypedDict
 
-import torch
 import yaml
 from torch import Tensor
 
 from sstf.data.progress import Progress
-from sstf.decode import SpeculativeDecoder
 from sstf.errors import HeadError, SstfError
 from sstf.evaluation.metrics import bootstrap
-from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures, rows_ahead, to_device
-from sstf.formats import Engine, export_eagle3, load_any, read_any
-from sstf.heads import Eagle3Head
+from sstf.formats import Engine, export_head, load_any, read_any
 from sstf.methods import Eagle3Config, build_method
 from sstf.methods.base import TrainableMethod
-from sstf.methods.checkpoint import DraftHead, StoredHead, bind
-from sstf.parity.compare import AGREEMENT, Comparison, first_weight, weights_of
+from sstf.methods.checkpoint import StoredHead
+from sstf.parity.compare import AGREEMENT, Comparison, first_weight
+from sstf.parity.forms import NOTHING, Emitted, Form, Precision, Probe, decoded, served, trained
 from sstf.parity.report import Parity, Rung
-from sstf.parity.served import Serving, count
-from sstf.parity.texts import Text, replayed, write_texts
-from sstf.parity.trace import Trace, rows_of, trace_drafting, trace_training
-from sstf.targets import Target
-from sstf.train.module import HeadWithLoss
-from sstf.trees import Chain
-from sstf.types import FeatureBatch, SamplingParams
+from sstf.parity.texts import write_texts
+from sstf.targets import FrozenHead, Target
 
-Precision = Literal["bf16", "fp32"]
 # Accepted lengths of two rungs may lie so far apart, as a share, besides what few prompts leave open.
 TOLERANCE = 0.05
 ROUNDS = 1000  # resamples of prompts
@@ -76,40 +69,52 @@ def climb(folder: Path, target: Target, settings: ParitySettings, precision: Pre
         progress: for a bar.
 
     Raises:
-        HeadError: the folder holds no head for this target, or one that cannot be looked into.
+        HeadError: the folder holds no head for this target, or one that does not draft so deep.
         DataError: the target's answers are too short to draft in.
         WorkerError: vLLM does not start, or stops answering.
     """
     stored = read_any(folder, target.spec)
-    if not isinstance(stored.config, Eagle3Config):
-        raise HeadError(f"{folder}: the ladder looks into EAGLE-3 heads; this one's method is {stored.config.kind}")
-    if stored.config.num_layers > 1:
-        raise HeadError(f"{folder}: the ladder looks into heads of one layer; this one has {stored.config.num_layers}")
-    depth = settings.depth or stored.config.ttt_steps
+    depth = settings.depth or _method(stored).positions
+    method = _method(stored, depth)
     with TemporaryDirectory(prefix="sstf-parity-") as scratch:
-        exports = _exports(stored, settings, Path(scratch))
+        exports = _exports(stored, settings, target.frozen_head, Path(scratch))
         with progress.start("parity", 2 + len(exports) + bool(settings.vllm), "rungs") as bar:
             texts = write_texts(target, settings.prompts, settings.max_new_tokens)
-            probe = _Probe(target, texts, stored.layers, depth, settings.max_new_tokens)
-            trained = _trained(probe, stored, precision)
-            rungs = [_loss_rung(probe, trained, stored.config, precision)]
+            probe = Probe(target, texts, stored.layers, depth, settings.max_new_tokens)
+            training = trained(probe, stored, method, precision)
+            rungs = [_loss_rung(probe, training)]
             bar.advance()
-            reloaded = _decoded(probe, "reloaded", load_any(folder, target))
-            rungs.append(_rung(probe, trained, reloaded))
+            reloaded = decoded(probe, "reloaded", load_any(folder, target))
+            rungs.append(_rung(probe, training, reloaded))
             bar.advance()
             for export in exports:
                 try:
                     place = export.make()
-                    again = _decoded(probe, export.name, load_any(place, target), like=reloaded)
+                    again = decoded(probe, export.name, load_any(place, target), like=reloaded)
                 except SstfError as error:
                     rungs.append(Rung(export.name, reloaded.name, (f"it cannot be exported and read back: {error}",)))
                 else:
                     rungs.append(_rung(probe, reloaded, again))
                     if settings.vllm and export.serves:
                         bar.advance()
-                        rungs.append(_rung(probe, again, _served(probe, settings.vllm, place)))
+                        by_vllm = served(probe, settings.vllm, place, stored.config.kind)
+                        rungs.append(_rung(probe, again, by_vllm))
                 bar.advance()
     return Parity(depth, len(texts), settings.max_new_tokens, tuple(rungs))
+
+
+def _method(stored: StoredHead, depth: int | None = None) -> TrainableMethod:
+    """The head's; where its training unrolls, over so many steps."""
+    config = stored.config
+    if depth is not None and isinstance(config, Eagle3Config):
+        config = config.model_copy(update={"ttt_steps": depth})
+    method = build_method(config)
+    if not isinstance(method, TrainableMethod):
+        raise HeadError(f"method {config.kind} has no head, so there is nothing to compare")
+    deepest = method.limits.depth
+    if depth is not None and deepest is not None and depth > deepest:
+        raise HeadError(f"the head drafts at most {deepest} tokens a pass, not {depth}; ask for a depth up to that")
+    return method
 
 
 @dataclass(frozen=True)
@@ -121,14 +126,14 @@ class _Export:
     serves: bool  # vLLM, where it is asked for
 
 
-def _exports(stored: StoredHead, settings: ParitySettings, scratch: Path) -> list[_Export]:
+def _exports(stored: StoredHead, settings: ParitySettings, frozen: FrozenHead, scratch: Path) -> list[_Export]:
     if settings.exported:
         folder = settings.exported
         return [_Export(f"export {folder.name}", lambda: folder, serves=True)]
 
     def maker(engine: Engine) -> Callable[[], Path]:
         def make() -> Path:
-            export_eagle3(stored, engine, scratch / engine)
+            export_head(stored, engine, scratch / engine, frozen=frozen)
             return scratch / engine
 
         return make
@@ -137,152 +142,66 @@ def _exports(stored: StoredHead, settings: ParitySettings, scratch: Path) -> lis
     return [_Export(f"export {engine}", maker(engine), engine == "vllm") for engine in engines]
 
 
-# ---- forms of a head -------------------------------------------------------------------------------------------------
-
-
-class _Probe:
-    """What all rungs share: the target, its texts, and the texts as training would see them."""
-
-    def __init__(
-        self, target: Target, texts: Sequence[Text], layers: tuple[int, ...], depth: int, max_new_tokens: int
-    ) -> None:
-        self.target, self.texts, self.depth, self.max_new_tokens = target, texts, depth, max_new_tokens
-        samples = [text.sample(f"parity-{i}") for i, text in enumerate(texts)]
-        source = OnlineFeatures(target, samples, FeatureSpec(layers), ExtractConfig())
-        self.batches: list[FeatureBatch] = [to_device(source.batch([i]), target.device) for i in range(len(texts))]
-        self.rows = [rows_of(batch) for batch in self.batches]
-
-    def same(self, answers: Sequence[Sequence[int]]) -> float:
-        """Share of answers that are the plain target's."""
-        pairs = zip(answers, self.texts, strict=True)
-        return sum(list(answer) == text.answer for answer, text in pairs) / len(self.texts)
-
-
-class Emitted(NamedTuple):
-    """Of one text: tokens behind the first, and the passes that emitted them."""
-
-    tokens: int
-    passes: int
-
-
-@dataclass(frozen=True)
-class _Inside:
-    """A head that can be looked into; `trace` takes the number of a text."""
-
-    head: Eagle3Head
-    layers: tuple[int, ...]
-    trace: Callable[[int], Trace]
-
-    @property
-    def weights(self) -> dict[str, Tensor]:
-        return weights_of(self.head, self.layers)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """The head in one form; an engine shows nothing of its inside."""
-
-    name: str
-    emitted: list[Emitted]
-    inside: _Inside | None = None
-    same_text: float | None = None
-
-
-def _trained(probe: _Probe, stored: StoredHead, precision: Precision) -> _Form:
-    head = bind(stored, probe.target.frozen_head).to(probe.target.device)
-    assert isinstance(head, Eagle3Head)
-
-    def trace(i: int) -> Trace:
-        return trace_training(head, probe.batches[i], probe.depth, precision == "bf16")
-
-    passes = [replayed(trace(i).drafted, probe.rows[i], text) for i, text in enumerate(probe.texts)]
-    emitted = [Emitted(sum(lengths), len(lengths)) for lengths in passes]
-    return _Form("trainer", emitted, _Inside(head, stored.layers, trace))
-
-
-def _decoded(probe: _Probe, name: str, head: DraftHead, like: _Form | None = None) -> _Form:
-    """In the decoder, which captures the target's hidden states by itself, and decodes. What is `like` another form to
-    the last bit decodes as that did, and is not asked to do so again."""
-    module, target = head.module, probe.target
-    assert isinstance(module, Eagle3Head)
-    decoder = SpeculativeDecoder(target, head, Chain(depth=probe.depth))
-    features = []
-    with decoder.taps, torch.inference_mode():
-        for text in probe.texts:
-            _, found = decoder.passes(1, len(text.ids)).prefill(0, text.ids)
-            features.append(found[:-2])
-
-    def trace(i: int) -> Trace:
-        return trace_drafting(module, features[i], probe.batches[i].input_ids, probe.rows[i], probe.depth)
-
-    inside = _Inside(module, decoder.layers, trace)
-    if like and like.inside and _identical(inside.weights, like.inside.weights):
-        return _Form(name, like.emitted, inside, like.same_text)
-    prompts = [text.prompt for text in probe.texts]
-    made = decoder.generate_batch(prompts, SamplingParams(max_new_tokens=probe.max_new_tokens), len(prompts))
-    emitted = [Emitted(sum(one.accepted_lengths), len(one.accepted_lengths)) for one in made]
-    return _Form(name, emitted, inside, probe.same([one.token_ids for one in made]))
-
-
-def _served(probe: _Probe, venv: Path, head: Path) -> _Form:
-    target = probe.target
-    context = min(target.context, max(len(text.prompt) for text in probe.texts) + probe.max_new_tokens + probe.depth)
-    serving = Serving(venv, Path(target.model.name_or_path), head, probe.depth, target.spec.dtype, context)
-    ends = sorted(target.end_tokens)
-    found = count(serving, [text.prompt for text in probe.texts], probe.max_new_tokens, ends)
-    emitted = [Emitted(len(one.token_ids) - 1, one.rounds) for one in found]
-    return _Form("vllm", emitted, None, probe.same([one.token_ids for one in found]))
-
-
-def _identical(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
-    )
-
-
 # ---- rungs -----------------------------------------------------------------------------------------------------------
 
 
-def _loss_rung(probe: _Probe, form: _Form, config: Eagle3Config, precision: Precision) -> Rung:
+def _loss_rung(probe: Probe, form: Form) -> Rung:
     """The trainer beside its own loss: hits of the chains that lie wholly in supervised text."""
-    assert form.inside
-    method = build_method(config.model_copy(update={"ttt_steps": probe.depth}))
-    assert isinstance(method, TrainableMethod)
-    frozen = probe.target.frozen_head.to(probe.target.device)
-    module = HeadWithLoss(method, form.inside.head, frozen, precision).eval()
-    same = total = 0
-    for i, (batch, rows) in enumerate(zip(probe.batches, probe.rows, strict=True)):
-        with torch.no_grad():
-            counted = module(batch).chain_hits
-        ahead, there = rows_ahead(batch.lengths, probe.depth, rows.device)
-        whole = (there & batch.loss_mask[ahead]).all(0)[rows]
-        hits = form.inside.trace(i).drafted == batch.teacher_token[ahead[:, rows]]
-        same += int((hits[:, whole] == counted).sum())
-        total += counted.numel()
-    agreement = same / total if total else 1.0
-    faults = [] if agreement >= AGREEMENT else [_disagreement(agreement, "hits")]
+    assert form.counted
+    odd = _odd_texts(probe, form.counted)
+    faults = [f"its loss counts other chains than text {odd[0]} has"] if odd else []
+    agreement = None
+    if form.trace and not odd:
+        agreement = _same_hits(probe, form, form.counted, whole=True)
+        faults += [] if agreement >= AGREEMENT else [_disagreement(agreement, "hits")]
     return Rung(form.name, "its loss", tuple(faults), agreement=agreement, **_lengths(form))
 
 
-def _rung(probe: _Probe, before: _Form, after: _Form) -> Rung:
+def _odd_texts(probe: Probe, counted: Sequence[Tensor]) -> list[int]:
+    """Those of which a loss counts more or fewer chains than lie wholly in their answers."""
+    return [i for i, hits in enumerate(counted) if hits.shape[1] != int(probe.anchors(i, len(hits)).sum())]
+
+
+def _same_hits(probe: Probe, form: Form, counted: Sequence[Tensor], whole: bool = False) -> float:
+    """Share of a loss's hits that a form's drafts have too.
+
+    Args:
+        probe: the texts.
+        form: shows its drafts.
+        counted: for each text the loss's hits, [position, anchors].
+        whole: compare chains to their end; else to the first wrong draft, and drafts that were not made do not count.
+    """
+    assert form.trace
+    same = total = 0
+    for i, hits in enumerate(counted):
+        depth = min(probe.depth, len(hits))
+        drafted = form.trace(i).drafted[:depth, probe.anchors(i, len(hits))]
+        own = probe.hits(form.trace(i).drafted[:depth], i)[:, probe.anchors(i, len(hits))]
+        theirs, made = hits[:depth], drafted != NOTHING
+        if not whole:
+            own, theirs = own.cumprod(0).bool(), theirs.cumprod(0).bool()
+        same += int(((own == theirs) & made).sum())
+        total += int(made.sum())
+    return same / total if total else 1.0
+
+
+def _rung(probe: Probe, before: Form, after: Form) -> Rung:
     """One form beside the form below it."""
     faults = []
-    found = None
+    found = first_weight(before.weights, after.weights) if before.weights and after.weights else None
     figures: dict[str, float] = {}
-    if before.inside and after.inside:
+    if before.trace and after.trace:
         comparison = Comparison()
         for i in range(len(probe.texts)):
-            comparison.add(before.inside.trace(i), after.inside.trace(i))
-        found = first_weight(before.inside.weights, after.inside.weights) or comparison.first()
-        if found:
-            faults.append(f"{found}")
-        if comparison.agreement < AGREEMENT:
-            faults.append(_disagreement(comparison.agreement, "drafted tokens"))
-        figures = {
-            "logits_max": comparison.logits_max,
-            "logits_mean": comparison.logits_mean,
-            "agreement": comparison.agreement,
-        }
+            comparison.add(before.trace(i), after.trace(i))
+        found = found or comparison.first()
+        figures = {"agreement": comparison.agreement, **comparison.logits}
+    elif before.counted and after.trace and not _odd_texts(probe, before.counted):
+        figures = {"agreement": _same_hits(probe, after, before.counted)}
+    if found:
+        faults.append(f"{found}")
+    if "agreement" in figures and figures["agreement"] < AGREEMENT:
+        faults.append(_disagreement(figures["agreement"], "drafted tokens"))
     if drift := _drift(before, after):
         faults.append(drift)
     return Rung(
@@ -301,7 +220,7 @@ def _disagreement(agreement: float, what: str) -> str:
     return f"{agreement:.1%} of its {what} agree, expected {AGREEMENT:.0%} or more"
 
 
-def _lengths(form: _Form) -> _Lengths:
+def _lengths(form: Form) -> _Lengths:
     """Accepted length and its interval over prompts."""
     return _Lengths(
         accepted_length=_accepted_length(form.emitted),
@@ -320,7 +239,7 @@ def _accepted_length(emitted: Sequence[Emitted]) -> float:
     return sum(one.tokens for one in emitted) / max(1, sum(one.passes for one in emitted))
 
 
-def _drift(before: _Form, after: _Form) -> str | None:
+def _drift(before: Form, after: Form) -> str | None:
     """Whether accepted lengths lie further apart than the tolerance, whichever prompts had been taken."""
 
     def ratio(drawn: Sequence[int]) -> float:

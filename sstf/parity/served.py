@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,12 +59,11 @@ class Counted:
 
 @dataclass(frozen=True)
 class Serving:
-    """What is served: the target with a head that drafts chains of `depth`."""
+    """What is served: the target with a head that drafts chains."""
 
     venv: Path  # with vLLM
     target: Path  # a model folder
-    head: Path  # as `export` writes it for vLLM, or for speculators
-    depth: int
+    speculative: Mapping[str, Any]  # vLLM's --speculative-config: the method, the head's folder, the depth
     dtype: str  # of both
     context: int  # tokens of the longest sequence
 
@@ -112,13 +111,12 @@ def served(serving: Serving) -> Iterator[str]:
             "machines without a GPU"
         )
     port = free_port()
-    speculative = {"method": "eagle3", "model": str(serving.head), "num_speculative_tokens": serving.depth}
     command = [
         str(python), "-m", "vllm.entrypoints.openai.api_server",
         "--model", str(serving.target), "--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(port),
         "--dtype", serving.dtype, "--enforce-eager", "--max-num-seqs", "1",
         "--generation-config", "vllm",  # the target's own may hold penalties: greedy must mean greedy
-        "--max-model-len", str(serving.context), "--speculative-config", json.dumps(speculative),
+        "--max-model-len", str(serving.context), "--speculative-config", json.dumps(dict(serving.speculative)),
     ]  # fmt: skip
     environment = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
     # By itself vLLM's CPU build chooses cores, whatever OMP_NUM_THREADS says, and may leave some out.

@@ -61,7 +61,7 @@ def replayed(drafted: Tensor, rows: Tensor, text: Text) -> list[int]:
 
     A pass that stands at row t (see `features.dataset`) has emitted x_{t+1} and draws drafts of x_{t+2} and on; it
     emits those that are the text's, and one more. Tokens that decoding drafted after a wrong one do not matter, so
-    drafts that were made along the text will do.
+    drafts that were made along the text will do. Where there are none, it ends.
 
     Args:
         drafted: [steps, row] int64 target ids; step i at row t drafts x_{t+2+i}.
@@ -78,7 +78,7 @@ def replayed(drafted: Tensor, rows: Tensor, text: Text) -> list[int]:
     table = drafted.T.tolist()
     lengths = []
     row = len(text.prompt) - 1
-    while row + 2 < len(ids):
+    while row + 2 < len(ids) and row in place:
         hits = 0
         left = ids[row + 2 :]
         for token, drawn in zip(left, table[place[row]], strict=False):

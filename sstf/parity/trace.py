@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from sstf.features import rows_ahead
 from sstf.heads import Eagle3Head, FusedEagle
@@ -33,6 +34,11 @@ class Trace:
 
     values: dict[str, Tensor]  # see the module docstring
     drafted: Tensor  # [steps, row] int64, the best draft token as a target id
+
+
+def can_be_traced(head: nn.Module) -> TypeIs[Eagle3Head]:
+    """Whether a head is one that is looked into here."""
+    return type(head) is Eagle3Head and head.shape.num_layers == 1  # not what is made from it
 
 
 def rows_of(batch: FeatureBatch) -> Tensor:

@@ -202,7 +202,7 @@ def _disk(
         # A new checkpoint is whole before an old one goes.
         count = config.train.keep_last + 1
         parts.append(DiskPart(f"checkpoints ({count})", Interval.exact(count * sizes.checkpoint_bytes(parameters))))
-        exported = 4 + 2 * len(config.export.engines)
+        exported = 4 + 2 * len(config.export.chosen(config.method.kind))
         parts.append(DiskPart("head, and its exports", Interval.exact(exported * parameters)))
     return parts
 

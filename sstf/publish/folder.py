@@ -1,6 +1,6 @@
 """The folder that is published: the head, its forms for engines, what it was made with and reached, and the card.
 
-    README.md              the model card, with its figures acceptance.svg and training.svg
+    README.md              the model card, with its figures acceptance and training, each as .svg and .png
     head.json, head.safetensors    the head in this project's form, which `chat`, `eval` and `doctor` take
     vllm/, sglang/, ...    the head in the form of each engine that has one
     run.json               the configuration, versions, and what every stage reported
@@ -28,7 +28,8 @@ from huggingface_hub import get_token, try_to_load_from_cache
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.data.progress import Progress
 from sstf.errors import DamagedDataError, ExportError, SstfError
-from sstf.formats import Engine, export_eagle3, target_for
+from sstf.evaluation.plot_files import write_plots
+from sstf.formats import Engine, export_head, target_for
 from sstf.methods.checkpoint import StoredHead, read_head
 from sstf.publish.card import BaseModel, CardFacts, plots, write_card
 from sstf.publish.gate import CHECKS, Candidate, Verdict
@@ -89,13 +90,12 @@ def make_folder(asked: Publication, folder: Path, progress: Progress) -> list[Ve
             write_json_atomic(scratch / RUN, record.to_json())
         if record.evaluation:
             write_json_atomic(scratch / EVALUATION, record.evaluation)
-        for name, figure in plots(record).items():
-            write_bytes_atomic(scratch / name, figure.encode())
+        shown = write_plots(scratch, plots(record), progress.note)
         verdicts = _verdicts(asked, target, scratch, progress)
         failed = any(not verdict.passed for verdict in verdicts)
         if failed and not asked.force:
             return verdicts
-        facts = CardFacts(asked.repo, base, stored, record, engines, left_out, verdicts, failed)
+        facts = CardFacts(asked.repo, base, stored, record, engines, left_out, verdicts, failed, shown)
         write_bytes_atomic(scratch / "README.md", write_card(facts).encode())
         check_files(scratch, get_token())
         write_json_atomic(scratch / CHECKSUMS, {"format": FORMAT, "sha256": _checksums(scratch)})
@@ -187,12 +187,12 @@ def _write_head(
     write_json_atomic(folder / "head.json", described)
     shutil.copyfile(asked.head / "head.safetensors", folder / "head.safetensors")
     named = replace(stored, target=replace(stored.target, name=described["target"]["name"]))
-    embeddings = None if isinstance(target, SstfError) else target.frozen_head.embeddings
+    frozen = None if isinstance(target, SstfError) else target.frozen_head
     engines: list[Engine] = []
     left_out: dict[str, str] = {}
     for engine in get_args(Engine):
         try:
-            export_eagle3(named, engine, folder / engine, embeddings=embeddings)
+            export_head(named, engine, folder / engine, frozen=frozen)
             engines.append(engine)
         except ExportError as error:
             shutil.rmtree(folder / engine, ignore_errors=True)

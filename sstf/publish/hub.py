@@ -34,7 +34,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sstf.errors import DamagedDataError, HeadError, HubError
-from sstf.formats.published import PICKLES
+from sstf.formats.files import PICKLES
 from sstf.methods.checkpoint import read_head
 from sstf.publish.folder import CHECKSUMS, published_files, verify_folder
 from sstf.train.provenance import HIDDEN, SECRET_VALUE

@@ -35,7 +35,8 @@ def serve(
     """Serve a head's target until SIGINT or SIGTERM; what runs then gets `config.grace` seconds.
 
     Args:
-        name: a head's folder, also a published one's, the folder of a run with one finished head, or `ngram`.
+        name: a head's folder, also a published one's, the folder of a run with one finished head, or a method that
+            needs none.
         config: where and how.
         target_name: in place of the target that the head names.
         experience: what decoding learned earlier, if the file exists; written at the end.

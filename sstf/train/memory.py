@@ -102,9 +102,14 @@ def trained(
     """
     layers = {name: layer for name, layer in head.named_modules() if isinstance(layer, nn.Linear)}
     output = next((layer for name, layer in layers.items() if name.split(".")[-1] == "lm_head"), None)
+    tokens = sum(buffer.numel() for name, buffer in head.named_buffers() if name == "d2t")
     # Where the taps are one layer's, they are as wide as what other layers read, and all are counted.
     once = taps if taps != frozen.lm_head.shape[1] else 0
-    inner = [layer for layer in layers.values() if layer is not output and layer.in_features != once]
+    inner = [
+        layer
+        for layer in layers.values()
+        if layer is not output and layer.in_features != once and layer.out_features != tokens
+    ]
     sizes = {name: p.numel() for name, p in head.named_parameters()}
     by_muon = [p.numel() for name, p in head.named_parameters() if takes_muon(name, p)]
     return Trained(

@@ -13,7 +13,7 @@ from pydantic import Field
 from sstf.config_loading import Section
 from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
-from sstf.decode import CostModel, SpeculativeDecoder, measure_costs
+from sstf.decode import CostModel, SpeculativeDecoder, measure_costs, within
 from sstf.errors import ConfigError
 from sstf.evaluation import load_suite
 from sstf.evaluation.metrics import Record, survival
@@ -50,10 +50,12 @@ def measure(target: Target, head: DraftHead, config: TuneConfig, progress: Progr
     _check(target, config)
     prompts = load_suite(config.suite, config.prompts)
     encoded = [render_prompt(target.tokenizer, prompt.messages, mode=prompt.mode) for prompt in prompts]
-    chain = SpeculativeDecoder(target, head, CHAIN)
+    limits = head.method.limits
+    chain = SpeculativeDecoder(target, head, within(limits, CHAIN))
     records, seen = [], []
     with progress.start("acceptance", len(encoded), "prompts") as bar:
-        tree = SpeculativeDecoder(target, head, TREE) if target.takes_trees else None
+        trees = target.takes_trees and limits.trees
+        tree = SpeculativeDecoder(target, head, within(limits, TREE)) if trees else None
         watched = WatchedDrafter(tree.drafter) if tree and tree.drafter else None
         if tree:
             tree.drafter = watched
@@ -73,7 +75,7 @@ def measure(target: Target, head: DraftHead, config: TuneConfig, progress: Progr
                 found = measure_costs(target, chain.drafter, chain.layers, batch, config.repeats, context)
                 costs[batch, context] = CostModel(found.verify_s, found.draft_s, host, plain_host)
                 bar.advance(1)
-    return Measured(accepted_lengths(survival(records, CHAIN.depth), seen), costs)
+    return Measured(accepted_lengths(survival(records, chain.policy.depth), seen), costs)
 
 
 def _check(target: Target, config: TuneConfig) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +12,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sstf.data.atomic import write_bytes_atomic, write_json_atomic
-from sstf.evaluation.charts import lines, standalone
+from sstf.data.atomic import write_json_atomic
+from sstf.evaluation.charts import lines
+from sstf.evaluation.plot_files import write_plots
+from sstf.formats import engines_of, sglang_algorithm, speculative_config
 from sstf.machine import hardware
 from sstf.tune.plan import PLAIN, Choice, Measured, Shape, TunePlan, speedup
 
@@ -37,18 +39,20 @@ def schedule(choices: Sequence[Choice]) -> list[list[int]]:
     return ranges
 
 
-def launch_lines(found: TunePlan, target: str, head: str) -> list[str]:
+def launch_lines(found: TunePlan, target: str, head: str, kind: str) -> list[str]:
     """Shell lines that export the head and serve it with vLLM, whose drafts are chains, and with SGLang.
 
     vLLM 0.24 and later take another depth for each batch size; SGLang takes one shape, and counts the root among its
-    draft tokens.
+    draft tokens. An engine that does not know the method, `kind`, has a line that says so.
     """
     quoted, model = shlex.quote(head), shlex.quote(target)
     by_batch = schedule(found.chains)
     deepest = max(depth for _, _, depth in by_batch)
     out = []
-    if deepest:
-        settings = {"method": "eagle3", "model": f"{head}-vllm", "num_speculative_tokens": deepest}
+    if "vllm" not in engines_of(kind):
+        out.append(f"# vLLM does not know method {kind}")
+    elif deepest:
+        settings = speculative_config(kind, f"{head}-vllm", deepest)
         if len(by_batch) > 1:
             settings["num_speculative_tokens_per_batch_size"] = by_batch
         out += [
@@ -57,13 +61,15 @@ def launch_lines(found: TunePlan, target: str, head: str) -> list[str]:
         ]
     else:
         out.append(f"vllm serve {model}  # no depth pays at any measured batch size")
-    shape = found.one_tree
-    if shape == PLAIN:
+    shape, algorithm = found.one_tree, sglang_algorithm(kind)
+    if algorithm is None:
+        out.append(f"# SGLang does not know method {kind}")
+    elif shape == PLAIN:
         out.append(f"python -m sglang.launch_server --model-path {model}  # no draft pays over all batch sizes")
     else:
         out += [
             f"sstf export {quoted} --to sglang",
-            f"python -m sglang.launch_server --model-path {model} --speculative-algorithm EAGLE3 "
+            f"python -m sglang.launch_server --model-path {model} --speculative-algorithm {algorithm} "
             f"--speculative-draft-model-path {shlex.quote(head + '-sglang')} --speculative-num-steps {shape.depth} "
             f"--speculative-eagle-topk {shape.width} --speculative-num-draft-tokens {shape.nodes + 1}",
         ]
@@ -118,8 +124,10 @@ def figure(found: TunePlan, measured: Measured) -> str:
     return lines(series, "Speedup by batch size (cost model)", "sequences at once", "speedup", doubling=True)
 
 
-def write_plan(folder: Path, found: TunePlan, measured: Measured, commands: Sequence[str]) -> None:
-    """`tune.json` and `tune.svg`."""
+def write_plan(
+    folder: Path, found: TunePlan, measured: Measured, commands: Sequence[str], note: Callable[[str], None]
+) -> Path:
+    """`tune.json`, `tune.svg` and `tune.png`, or a note why there is no PNG; returns the figure to show."""
     lengths = [asdict(shape) | {"accepted_length": tau} for shape, tau in measured.accepted_lengths.items()]
     costs = [
         {"batch": batch, "context": context, **cost.to_json()} for (batch, context), cost in measured.costs.items()
@@ -133,4 +141,4 @@ def write_plan(folder: Path, found: TunePlan, measured: Measured, commands: Sequ
         "costs": costs,
     }
     write_json_atomic(folder / "tune.json", content)
-    write_bytes_atomic(folder / "tune.svg", standalone(figure(found, measured)).encode())
+    return folder / write_plots(folder, {"tune": figure(found, measured)}, note)["tune"]

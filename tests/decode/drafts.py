@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sstf.features import FeatureSpec
-from sstf.methods.base import News
+from sstf.methods.base import DraftLimits, News
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
 from sstf.trees import AnyTree, DraftContext, grow
@@ -34,6 +34,7 @@ class Distribution:
     heard: list[list[News]] = field(default_factory=list)
     trees: list[DraftTree] = field(default_factory=list)
     rooms: list[int] = field(default_factory=list)  # `context.depth` of every call
+    limits: DraftLimits = field(default_factory=DraftLimits)
     _now: dict[int, list[News]] = field(default_factory=dict)
     _texts: dict[int, Text] = field(default_factory=dict)
 

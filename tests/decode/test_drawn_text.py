@@ -18,8 +18,9 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from sstf.decode import AnyPolicy, BanditPolicy, SpeculativeDecoder, engine
-from sstf.methods import Eagle3Config, EagleConfig, PEagleConfig
+from sstf.methods import Eagle3Config, EagleConfig, MedusaConfig, PEagleConfig
 from sstf.methods.checkpoint import DraftHead
+from sstf.methods.medusa import MedusaMethod
 from sstf.targets import Target
 from sstf.trees import Chain, DynamicTree, StaticTree, growth
 from sstf.types import DraftTree, SamplingParams
@@ -124,6 +125,20 @@ def impossible(found: Found, truth: Tensor) -> int:
 def check(found: Found, truth: Tensor) -> None:
     assert impossible(found, truth) == 0
     assert p_value(found.counts, truth) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["chain-iid", "tree-without-replacement", "tree-iid", "dynamic"])
+def test_medusa(name: str, markov: Target) -> None:
+    """All nodes of a level share a distribution, of which each node's children are drawn anew."""
+    torch.manual_seed(0)
+    method = MedusaMethod(MedusaConfig(heads=3))
+    head = method.build_head(markov.spec, markov.frozen_head, torch.arange(VOCAB))
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    found = texts(SpeculativeDecoder(markov, DraftHead("medusa", method, head.eval()), POLICIES[name]), 5_000)
+    check(found, transitions(markov))
+    assert found.accepted > 1.1
 
 
 @pytest.mark.parametrize("name", POLICIES)

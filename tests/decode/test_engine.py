@@ -14,7 +14,7 @@ from sstf.decode.verify import draw
 from sstf.errors import DecodeError
 from sstf.features import FeatureSpec
 from sstf.methods import Eagle3Config, NgramConfig, build_method
-from sstf.methods.base import News
+from sstf.methods.base import DraftLimits, News
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
 from sstf.trees import Chain, DraftContext, DynamicTree, children
@@ -75,6 +75,7 @@ class Scripted:
     levels: int = 1
     history: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
+    limits: DraftLimits = field(default_factory=DraftLimits)
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         return FeatureSpec(self.layers)
@@ -136,7 +137,7 @@ def wrong(answer: list[int], prompt: list[int]) -> Callable[[list[int], Chain | 
 # ---- greedy ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["plain", "chain", "dynamic", "wide", "ngram", "ngram-tree"])
+@pytest.mark.parametrize("kind", ["plain", "chain", "dynamic", "wide", "ngram", "ngram-lookup"])
 def test_greedy_says_what_transformers_says(
     kind: str, tiny_target: Target, expected: list[tuple[list[int], list[int]]]
 ) -> None:
@@ -147,7 +148,7 @@ def test_greedy_says_what_transformers_says(
         "dynamic": (random_head(tiny_target), TREE),
         "wide": (random_head(tiny_target, seed=1), DynamicTree(depth=2, top_k=60, total_tokens=200)),
         "ngram": (ngram, Chain(depth=5)),
-        "ngram-tree": (ngram, DynamicTree(depth=12, top_k=2, total_tokens=3)),
+        "ngram-lookup": (ngram, Chain(depth=2, lookup=True)),
     }[kind]
     decoder = SpeculativeDecoder(tiny_target, head, policy)
     accepted: list[int] = []

@@ -29,7 +29,7 @@ from sstf.doctor.training import check_training, initial_weights
 from sstf.features import FeatureStore, extract, shards, store
 from sstf.features.record import Features
 from sstf.features.store import ShardInfo
-from sstf.formats import export_eagle3
+from sstf.formats import export_head
 from sstf.heads import Eagle3Head, FusedEagle
 from sstf.methods.checkpoint import read_head, save_head
 from sstf.methods.eagle3 import Eagle3Method
@@ -48,7 +48,7 @@ def test_an_untouched_head_passes_every_check(head: Path, target: Target) -> Non
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
 def test_so_do_its_exports(head: Path, target: Target, tmp_path: Path, engine: Any) -> None:
-    export_eagle3(read_head(head), engine, tmp_path / "export")
+    export_head(read_head(head), engine, tmp_path / "export")
     checks = verdicts(tmp_path / "export", target)
     assert not_passed(checks) == {}
     assert "layers [2, 4, 6] here: counted" in next(c for c in checks if c.name == "tensors").measured
@@ -496,7 +496,7 @@ def test_answers_of_another_model(run: Run, tmp_path: Path) -> None:
 
 
 def exported(head: Path, folder: Path) -> Path:
-    export_eagle3(read_head(head), "vllm", folder / "export")
+    export_head(read_head(head), "vllm", folder / "export")
     return folder / "export"
 
 

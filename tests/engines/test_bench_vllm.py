@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from conftest import NEW, REPOSITORY, Learned
 
-from sstf.formats import export_eagle3
+from sstf.formats import export_head
 from sstf.methods.checkpoint import read_head
 
 pytestmark = pytest.mark.engine
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.engine
 
 def test_a_shadow_of_plain_vllm_and_vllm_with_a_head(learned: Learned, vllm: Path, tmp_path: Path) -> None:
     """The head knows these answers by heart; in float32 its drafts must not change one of them."""
-    export_eagle3(read_head(learned.head), "vllm", tmp_path / "head")
+    export_head(read_head(learned.head), "vllm", tmp_path / "head")
     bodies = [{"prompt": text.prompt, "temperature": 0, "max_tokens": NEW} for text in learned.texts]
     (tmp_path / "recorded.jsonl").write_text("".join(json.dumps(body) + "\n" for body in bodies))
     command = [

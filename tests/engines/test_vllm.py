@@ -9,7 +9,7 @@ import pytest
 from conftest import NEW, PROMPTS, Learned
 
 from sstf.data.progress import NoProgress
-from sstf.formats import Engine, export_eagle3
+from sstf.formats import Engine, export_head
 from sstf.methods.checkpoint import read_head
 from sstf.parity.ladder import ParitySettings, climb
 from sstf.parity.report import Parity
@@ -27,8 +27,7 @@ def served(learned: Learned, vllm: Path, exported: Path) -> Parity:
 def test_vllm_accepts_what_our_decoder_accepts(vllm: Path, learned: Learned, engine: Engine, tmp_path: Path) -> None:
     """In its own form of a head, and in that of speculators, which it reads too."""
     target = learned.target
-    name, embeddings = str(target.model.name_or_path), target.frozen_head.embeddings
-    export_eagle3(read_head(learned.head), engine, tmp_path, name, embeddings)
+    export_head(read_head(learned.head), engine, tmp_path, str(target.model.name_or_path), target.frozen_head)
     parity = served(learned, vllm, tmp_path)
     print("\n" + parity.sentence)
     ours, theirs = parity.rungs[-2:]
@@ -40,7 +39,7 @@ def test_vllm_accepts_what_our_decoder_accepts(vllm: Path, learned: Learned, eng
 
 def test_vllm_shows_what_a_wrong_layer_costs(vllm: Path, learned: Learned, tmp_path: Path) -> None:
     """The comparison can fail: ids off by one load and serve without a word."""
-    export_eagle3(read_head(learned.head), "vllm", tmp_path)
+    export_head(read_head(learned.head), "vllm", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for place in (config, config["eagle_config"]):
         for name in ("eagle_aux_hidden_state_layer_ids", "layer_ids"):

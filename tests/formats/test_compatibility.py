@@ -32,30 +32,46 @@ def test_what_a_head_needs(tiny_target: Target) -> None:
 
 def test_sentences(tiny_target: Target) -> None:
     spec = tiny_target.spec
-    plain, newer = Eagle3Config(), Eagle3Config(norm_output=True, norm_before_fc=True)
-    assert needs("vllm", plain, spec, False) == ["needs vLLM 0.8.5 or later; tried here with 0.32.0"]
-    assert needs("vllm", newer, spec, False) == [
+    plain, newer, four = (
+        features_of(config, spec, False)
+        for config in (
+            Eagle3Config(),
+            Eagle3Config(norm_output=True, norm_before_fc=True),
+            Eagle3Config(layers=(1, 2, 3, 4)),
+        )
+    )
+    assert needs("vllm", plain) == ["needs vLLM 0.8.5 or later; tried here with 0.32.0"]
+    assert needs("vllm", newer) == [
         "needs vLLM 0.22.0 or later, for norm_output; tried here with 0.32.0, but for norm_before_fc, norm_output"
     ]
-    assert needs("sglang", newer, spec, False) == ["needs SGLang 0.5.17 or later, for norm_before_fc; untested here"]
-    (library, engine) = needs("speculators", newer, spec, False)
+    assert needs("sglang", newer) == ["needs SGLang 0.5.17 or later, for norm_before_fc; untested here"]
+    (library, engine) = needs("speculators", newer)
     assert library.startswith("needs speculators 0.7.0 or later, for norm_output; ")
     assert engine.startswith("needs vLLM 0.25.0 or later, for norm_output; ")
-    four = Eagle3Config(layers=(1, 2, 3, 4))
-    assert needs("speculators", four, spec, False)[1] == "vLLM does not run it in this form: other_layer_count"
+    assert needs("speculators", four)[1] == "vLLM does not run it in this form: other_layer_count"
 
 
 def test_a_head_that_an_engine_cannot_run(tiny_target: Target) -> None:
-    config = Eagle3Config(norm_before_residual=True)
+    wanted = features_of(Eagle3Config(norm_before_residual=True), tiny_target.spec, False)
     with pytest.raises(ExportError, match=r"no version of SGLang up to 0\.5\.23 runs a head with norm_before_residual"):
-        needs("sglang", config, tiny_target.spec, False)
-    assert len(needs("vllm", config, tiny_target.spec, False)) == 1
+        needs("sglang", wanted)
+    assert len(needs("vllm", wanted)) == 1
 
 
 def test_every_feature_has_a_fact_for_every_engine_and_a_source() -> None:
     known = {(fact.engine, fact.form, fact.feature) for fact in facts()}
     assert len(known) == len(facts())
-    features = {fact.feature for fact in facts()} - {"layers_of_deepseek", "batch_schedule"}
+    others = {
+        "layers_of_deepseek",
+        "batch_schedule",
+        "eagle",
+        "several_layers",
+        "medusa",
+        "dflash",
+        "dspark",
+        "smaller_vocabulary",
+    }
+    features = {fact.feature for fact in facts()} - others
     for place in (("vllm", "eagle"), ("vllm", "speculators"), ("speculators", "speculators"), ("sglang", "eagle")):
         assert {feature for engine, form, feature in known if (engine, form) == place} >= features, place
     for fact in facts():

@@ -14,8 +14,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sstf.errors import ExportError
-from sstf.formats import Engine, export_eagle3, load_any, read_any
+from sstf.formats import Engine, export_head, load_any, read_any
 from sstf.formats import eagle3 as export_module
+from sstf.formats.files import Published
 from sstf.methods import Eagle3Config, NgramConfig
 from sstf.methods.checkpoint import StoredHead
 from sstf.methods.eagle3 import Eagle3Method
@@ -73,7 +74,7 @@ def theirs(name: str, engine: Engine) -> str:
 
 @pytest.mark.parametrize("engine", ENGINES)
 def test_tensors(stored: StoredHead, engine: Engine, tmp_path: Path) -> None:
-    export_eagle3(stored, engine, tmp_path)
+    export_head(stored, engine, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
         theirs(name, engine): shape for name, shape in SHAPES.items()
@@ -92,7 +93,7 @@ def test_tensors(stored: StoredHead, engine: Engine, tmp_path: Path) -> None:
 @pytest.mark.parametrize(("engine", "layers"), [("vllm", [2, 4, 5]), ("sglang", [1, 3, 4])])
 def test_config_in_eagles_form(stored: StoredHead, engine: Engine, layers: list[int], tmp_path: Path) -> None:
     """Ours are the outputs of layers 1, 3 and 4: vLLM counts the layers before, SGLang as we do."""
-    export_eagle3(stored, engine, tmp_path)
+    export_head(stored, engine, tmp_path)
     assert json.loads((tmp_path / "config.json").read_text()) == {
         "architectures": ["LlamaForCausalLMEagle3"],
         "model_type": "llama",
@@ -128,7 +129,7 @@ def test_config_in_eagles_form(stored: StoredHead, engine: Engine, layers: list[
 def test_config_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None:
     """The keys are those that speculators 0.9 writes; `name_or_path` is how users load the target."""
     stored = make_head(tiny_target, norm_before_residual=True)
-    export_eagle3(stored, "speculators", tmp_path, "somebody/tiny")
+    export_head(stored, "speculators", tmp_path, "somebody/tiny")
     config, expected = json.loads((tmp_path / "config.json").read_text()), speculators([2, 4, 5]).config
     assert config.keys() == expected.keys() - {"auto_map"}
     same = expected.keys() - {"auto_map", "architectures", "draft_vocab_size", "target_hidden_size"}
@@ -137,11 +138,11 @@ def test_config_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None
         assert config[key] == expected[key], key
     layer = expected["transformer_layer_config"] | {"tie_word_embeddings": False}
     assert config["transformer_layer_config"] == layer
-    export_eagle3(stored, "speculators", tmp_path)
+    export_head(stored, "speculators", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] is None  # nobody else finds a target named tiny
     hub = replace(stored, target=replace(stored.target, name="org/model"))
-    export_eagle3(hub, "speculators", tmp_path)
+    export_head(hub, "speculators", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["speculators_config"]["verifier"]["name_or_path"] == "org/model"
 
@@ -160,12 +161,13 @@ def test_config_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None
         {"target_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
         {"target_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"draft_vocab_size": 300},
+        {"num_layers": 3},
     ],
 )
 def test_round_trip(settings: dict[str, Any], engine: Engine, tiny_target: Target, tmp_path: Path) -> None:
     """What comes back drafts as the head does: same logits from its module in bf16."""
     stored = make_head(tiny_target, **settings)
-    export_eagle3(stored, engine, tmp_path)
+    export_head(stored, engine, tmp_path)
     back = read_any(tmp_path, stored.target)
     assert back.layers == stored.layers
     ours, read = (
@@ -186,7 +188,7 @@ def test_a_head_of_one_form_becomes_another(tiny_target: Target, tmp_path: Path)
     head = speculators([2, 4, 5])
     head.config["norm_before_residual"] = False
     stored = read_any(head.write(tmp_path / "from"), tiny_target.spec)
-    export_eagle3(stored, "sglang", tmp_path / "to")
+    export_head(stored, "sglang", tmp_path / "to")
     back = read_any(tmp_path / "to", tiny_target.spec)
     assert (back.config, back.layers) == (stored.config, stored.layers)
     assert all(torch.equal(back.tensors[name], tensor) for name, tensor in stored.tensors.items())
@@ -196,7 +198,7 @@ def test_a_head_of_one_form_becomes_another(tiny_target: Target, tmp_path: Path)
 @pytest.mark.parametrize("engine", ENGINES)
 def test_a_full_draft_vocabulary_has_no_map(tiny_target: Target, engine: Engine, tmp_path: Path) -> None:
     """vLLM has no parameter for it in this case and refuses a checkpoint that holds one."""
-    export_eagle3(make_head(tiny_target, draft_vocab_size=300), engine, tmp_path)
+    export_head(make_head(tiny_target, draft_vocab_size=300), engine, tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     full = {theirs(name, engine): shape for name, shape in SHAPES.items() if name not in ("d2t", "t2d")}
     assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == full | {"lm_head.weight": (300, 64)}
@@ -211,25 +213,25 @@ def test_a_missing_tensor_is_refused(stored: StoredHead, name: str, tmp_path: Pa
     """vLLM would start it from noise without a word."""
     tensors = {key: tensor for key, tensor in stored.tensors.items() if key != name}
     with pytest.raises(ExportError, match=name):
-        export_eagle3(replace(stored, tensors=tensors), "vllm", tmp_path)
+        export_head(replace(stored, tensors=tensors), "vllm", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_tensor_a_wrong_shape_and_a_broken_value_are_refused(stored: StoredHead, tmp_path: Path) -> None:
     extra = stored.tensors | {"fc.bias": torch.zeros(64)}
     with pytest.raises(ExportError, match=r"fc\.bias \(found \(64,\), expected None\)"):
-        export_eagle3(replace(stored, tensors=extra), "sglang", tmp_path)
+        export_head(replace(stored, tensors=extra), "sglang", tmp_path)
     with pytest.raises(ExportError, match=r"norm\.weight \(found \(32,\), expected \(64,\)\)"):
-        export_eagle3(replace(stored, tensors=stored.tensors | {"norm.weight": torch.ones(32)}), "sglang", tmp_path)
+        export_head(replace(stored, tensors=stored.tensors | {"norm.weight": torch.ones(32)}), "sglang", tmp_path)
     with pytest.raises(ExportError, match=r"norm\.weight holds values that are not finite"):
         broken = stored.tensors | {"norm.weight": torch.full((64,), torch.nan)}
-        export_eagle3(replace(stored, tensors=broken), "sglang", tmp_path)
+        export_head(replace(stored, tensors=broken), "sglang", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_head_of_another_method_is_refused(stored: StoredHead, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="this head's method is ngram"):
-        export_eagle3(replace(stored, config=NgramConfig()), "vllm", tmp_path)
+    with pytest.raises(ExportError, match=r"vllm does not know this head's method, ngram; no engine here does"):
+        export_head(replace(stored, config=NgramConfig()), "vllm", tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -255,27 +257,27 @@ def test_what_was_written_wrongly_is_found(
     plant: Any, named: str, stored: StoredHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A fault between the writing and the reading back, as an exporter with a bug would make."""
-    read = export_module.read_any
+    read = export_module.open_published
 
-    def damaged(folder: Path, target: Any) -> StoredHead:
+    def damaged(folder: Path) -> Published:
         config, tensors = json.loads((folder / "config.json").read_text()), load_file(folder / "model.safetensors")
         plant(config, tensors)
         (folder / "config.json").write_text(json.dumps(config))
         save_file(tensors, folder / "model.safetensors")
-        return read(folder, target)
+        return read(folder)
 
-    monkeypatch.setattr(export_module, "read_any", damaged)
+    monkeypatch.setattr(export_module, "open_published", damaged)
     with pytest.raises(ExportError, match=named):
-        export_eagle3(stored, "vllm", tmp_path)
+        export_head(stored, "vllm", tmp_path)
 
 
 def test_embeddings_go_along_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None:
     """Without them the library (0.9.0) takes zeros, and says nothing."""
     stored, embeddings = make_head(tiny_target), tiny_target.frozen_head.embeddings
-    sentences = export_eagle3(stored, "speculators", tmp_path / "with", embeddings=embeddings)
+    sentences = export_head(stored, "speculators", tmp_path / "with", frozen=tiny_target.frozen_head)
     assert torch.equal(load_file(tmp_path / "with/model.safetensors")["embed_tokens.weight"], embeddings.bfloat16())
     assert not any("embeddings" in sentence for sentence in sentences)
-    sentences = export_eagle3(stored, "speculators", tmp_path / "without")
+    sentences = export_head(stored, "speculators", tmp_path / "without")
     assert sentences[-1].startswith("without the target's embeddings: engines serve it")
-    export_eagle3(stored, "vllm", tmp_path / "vllm", embeddings=embeddings)
+    export_head(stored, "vllm", tmp_path / "vllm", frozen=tiny_target.frozen_head)
     assert "embed_tokens.weight" not in load_file(tmp_path / "vllm/model.safetensors")

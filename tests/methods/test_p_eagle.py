@@ -29,8 +29,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
-from sstf.errors import ConfigError, ExportError, HeadError
-from sstf.formats import export_eagle3
+from sstf.errors import ConfigError, HeadError
 from sstf.heads import PEagleHead
 from sstf.heads.rollout import attend_reference
 from sstf.losses import CrossEntropy, Kl, LkHybrid, Objective
@@ -291,7 +290,7 @@ def test_texts_learned_by_heart_are_drafted(tiny_target: Target, tmp_path: Path)
 # ---- files -----------------------------------------------------------------------------------------------------------
 
 
-def test_round_trip_and_export(tiny_target: Target, tmp_path: Path) -> None:
+def test_round_trip(tiny_target: Target, tmp_path: Path) -> None:
     head, config = random_head(tiny_target), make_method().config
     save_head(tmp_path, config, head, tiny_target.spec, {})
     stored = read_head(tmp_path)
@@ -301,5 +300,3 @@ def test_round_trip_and_export(tiny_target: Target, tmp_path: Path) -> None:
     deeper = replace(stored, config=config.model_copy(update={"num_layers": 3}))
     with pytest.raises(HeadError, match="do not fit method p_eagle"):
         bind(deeper, tiny_target.frozen_head)
-    with pytest.raises(ExportError, match="this head's method is p_eagle"):
-        export_eagle3(stored, "vllm", tmp_path / "export")

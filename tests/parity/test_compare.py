@@ -20,8 +20,7 @@ def test_errors_by_channel() -> None:
     comparison.add(trace(torch.tensor([[4.0, 0.0]]), [1, 2]), trace(torch.tensor([[3.0, 0.0]]), [1, 3]))
     # Channel 0: values 3 and 4, errors 0 and 1: sqrt(1 / 25). Channel 1 has no error, however large its values.
     assert comparison.error("logits.0") == pytest.approx((0.2 + 0.0) / 2)
-    assert comparison.logits_max == 1.0
-    assert comparison.logits_mean == pytest.approx(1 / 4)
+    assert comparison.logits == {"logits_max": 1.0, "logits_mean": pytest.approx(1 / 4)}
     assert comparison.agreement == pytest.approx(2 / 3)
     found = comparison.first()
     assert found is not None and found.name == "logits.0" and found.maximum == 1.0

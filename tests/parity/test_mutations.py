@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sstf.decode.passes import Passes
-from sstf.formats import Engine, export_eagle3
+from sstf.formats import Engine, export_head
 from sstf.heads import FusedEagle
 from sstf.methods.checkpoint import read_head
 from sstf.methods.eagle3 import Eagle3Method
@@ -29,7 +29,7 @@ Alter = Callable[[dict[str, Tensor], dict[str, Any]], None]
 
 def altered(head: Path, folder: Path, alter: Alter, engine: Engine = "vllm") -> Path:
     """An export with its tensors and its configuration changed."""
-    export_eagle3(read_head(head), engine, folder)
+    export_head(read_head(head), engine, folder)
     tensors, config = load_file(folder / "model.safetensors"), json.loads((folder / "config.json").read_text())
     alter(tensors, config)
     save_file(tensors, folder / "model.safetensors")

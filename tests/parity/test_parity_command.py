@@ -15,7 +15,7 @@ from sstf.config import RunConfig
 from sstf.config_loading import load
 from sstf.data.progress import NoProgress
 from sstf.errors import ParityError
-from sstf.formats import export_eagle3
+from sstf.formats import export_head
 from sstf.heads import FusedEagle
 from sstf.methods.checkpoint import read_head
 from sstf.parity.ladder import training_precision
@@ -43,7 +43,7 @@ def test_a_sound_head(learned: Path, tiny_target_folder: Path, capsys: pytest.Ca
 def test_a_broken_export_ends_with_1(
     learned: Path, tiny_target_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    export_eagle3(read_head(learned), "vllm", tmp_path)
+    export_head(read_head(learned), "vllm", tmp_path)
     file = tmp_path / "model.safetensors"
     save_file({name: t.roll(1, 0) if name == "fc.weight" else t for name, t in load_file(file).items()}, file)
     given = ("--target", tiny_target_folder, "--exported", tmp_path)

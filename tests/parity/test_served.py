@@ -46,7 +46,9 @@ def environment(folder: Path, program: str) -> Path:
 
 
 def serving(venv: Path) -> Serving:
-    return Serving(venv, Path("/target"), Path("/head"), 3, "float32", 128)
+    return Serving(
+        venv, Path("/target"), {"method": "eagle3", "model": "/head", "num_speculative_tokens": 3}, "float32", 128
+    )
 
 
 def test_no_environment(tmp_path: Path) -> None:

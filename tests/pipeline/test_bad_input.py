@@ -20,9 +20,12 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from sstf.cli import main
+from sstf.config import RunConfig
+from sstf.config_loading import dump, load
 from sstf.data import atomic
 from sstf.evaluation import EvalConfig
 from sstf.pipeline import Run
+from sstf.trees import Chain
 
 Fails = Callable[..., str]
 
@@ -432,6 +435,26 @@ def test_suite_beyond_the_context(finished: Path, fails: Fails) -> None:
 def test_policy_named_like_a_baseline() -> None:
     with pytest.raises(ValueError, match=r"policies may not be named \['ngram'\]"):
         EvalConfig.model_validate({"policies": {"ngram": {"kind": "chain"}}})
+
+
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_policies_that_the_method_cannot_draft(
+    command: str, write_config: WriteConfig, fails: Fails, tmp_path: Path
+) -> None:
+    arms = {"near": {"kind": "chain", "depth": 2}, "wide": {"kind": "dynamic"}}
+    policies = {"mine": {"kind": "bandit", "arms": arms}}
+    said = fails(command, write_config(method={"kind": "ngram"}, eval__policies=policies))
+    assert "run.yaml:" in said and "eval.policies.mine.arms.wide is a dynamic tree, but method ngram drafts" in said
+    assert "expected kind: chain, any depth" in said
+    assert not (tmp_path / "run").exists()
+
+
+def test_default_policies_are_what_the_method_can_draft(write_config: WriteConfig, tmp_path: Path) -> None:
+    config = load(RunConfig, write_config(method={"kind": "ngram"}))
+    assert config.eval.policies == {"chain": Chain(depth=3)}
+    (tmp_path / "again.yaml").write_text(dump(config))
+    assert load(RunConfig, tmp_path / "again.yaml") == config
+    assert load(RunConfig, write_config()).eval.policies == EvalConfig().policies
 
 
 # ---- a full disk -----------------------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Gemma2Config, Gemma2ForCausalLM, GraniteConfig, GraniteForCausalLM, PreTrainedTokenizerBase
 
@@ -147,3 +148,24 @@ def test_damage(tiny_target: Target, tmp_path: Path) -> None:
     path.unlink()
     with pytest.raises(DamagedDataError):
         FrozenHead.load(path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite"])
+def test_whether_the_final_norm_is_a_plain_one(
+    architecture: str, tiny_target: Target, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    """Gemma multiplies by 1 + weight. What was found is kept with the frozen head; earlier files did not say."""
+    torch.manual_seed(0)
+    target = {
+        "llama": lambda: tiny_target,
+        "gemma2": lambda: Target("gemma2", Gemma2ForCausalLM(Gemma2Config(**SMALL)), tokenizer),
+        "granite": lambda: Target("granite", GraniteForCausalLM(GraniteConfig(**SMALL)), tokenizer),
+    }[architecture]()
+    frozen = target.frozen_head
+    assert frozen.rms_norm == (architecture != "gemma2")
+    frozen.save(tmp_path / "frozen")
+    assert FrozenHead.load(tmp_path / "frozen").rms_norm == frozen.rms_norm
+    assert frozen.to(torch.device("cpu")).rms_norm == frozen.rms_norm
+    tensors = load_file(tmp_path / "frozen")
+    save_file(tensors | {"logit_transform": tensors["logit_transform"][:2]}, tmp_path / "frozen")
+    assert FrozenHead.load(tmp_path / "frozen").rms_norm

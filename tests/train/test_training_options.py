@@ -16,7 +16,7 @@ from sstf.data.progress import NoProgress
 from sstf.decode import SpeculativeDecoder
 from sstf.errors import ConfigError
 from sstf.features import ExtractConfig, FeatureStore, OnlineFeatures
-from sstf.formats import Engine, export_eagle3, load_any, read_any
+from sstf.formats import Engine, export_head, load_any, read_any
 from sstf.methods import Eagle3Config, Eagle3Method
 from sstf.methods.checkpoint import load_head, read_head, save_head
 from sstf.targets import Target
@@ -101,7 +101,7 @@ def test_a_published_head_is_trained_further_from_what_it_was(
     """The acceptance of step 0 is that of the head, simulated and decoded; nothing but its rounding to bf16 is lost."""
     train(store, tmp_path / "first", train_config(steps=60, validate_every=20, checkpoint_every=60))
     said = read_head(tmp_path / "first" / "head").run
-    export_eagle3(read_head(tmp_path / "first" / "head"), engine, tmp_path / "published")
+    export_head(read_head(tmp_path / "first" / "head"), engine, tmp_path / "published")
     real = RealDecodeConfig(every=12, prompts=3, max_new_tokens=16)
     config = train_config(warm_start=tmp_path / "published", optimizer={"learning_rate": 1e-9}, real_decode=real)
     decode = RealDecode(tiny_target, METHOD.ttt_steps, real)

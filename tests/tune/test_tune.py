@@ -83,7 +83,7 @@ def test_the_best_of_each_batch_and_where_it_breaks_even() -> None:
 def test_nothing_pays() -> None:
     found = plan(Measured({PLAIN: 1.0, Shape(1, 1, 1): 1.1}, {(1, 64): cost(1.0), (8, 64): cost(2.0)}))
     assert found.break_even == {64: 0} and found.one_chain == found.one_tree == PLAIN
-    vllm, sglang = launch_lines(found, "org/model", "head")
+    vllm, sglang = launch_lines(found, "org/model", "head", "eagle3")
     assert vllm.startswith("vllm serve org/model  #") and "speculative" not in vllm + sglang
 
 
@@ -93,7 +93,7 @@ def chosen(*depths: int) -> list[Choice]:
 
 def test_launch_lines() -> None:
     found = TunePlan(chosen(4, 2, 2, 0), chosen(4, 2, 2, 0), Shape(2, 1, 2), Shape(3, 4, 15), {128: 4})
-    export, vllm, _, sglang = launch_lines(found, "org/my model", "runs/a head")
+    export, vllm, _, sglang = launch_lines(found, "org/my model", "runs/a head", "eagle3")
     assert export == "sstf export 'runs/a head' --to vllm"
     words = shlex.split(vllm)
     assert words[:4] == ["vllm", "serve", "org/my model", "--speculative-config"]
@@ -111,7 +111,7 @@ def test_launch_lines() -> None:
 
 def test_one_depth_needs_no_schedule() -> None:
     found = TunePlan(chosen(3, 3), chosen(3, 3), Shape(3, 1, 3), Shape(3, 1, 3), {128: 2})
-    assert "per_batch_size" not in launch_lines(found, "m", "h")[1]
+    assert "per_batch_size" not in launch_lines(found, "m", "h", "eagle3")[1]
 
 
 @given(st.lists(st.integers(0, 8), min_size=1, max_size=8))
@@ -150,7 +150,8 @@ def test_measured_on_the_tiny_target(tiny_target: Target, head: DraftHead, tmp_p
     assert growing == sorted(growing) and 1 < growing[-1] <= deepest + 1
     assert lengths[Shape(deepest, 8, 63)] >= lengths[Shape(deepest, 2, 63)]
     found = plan(measured)
-    write_plan(tmp_path, found, measured, launch_lines(found, "m", "h"))
+    shown = write_plan(tmp_path, found, measured, launch_lines(found, "m", "h", "eagle3"), print)
+    assert shown == tmp_path / "tune.png" and shown.is_file()
     content = json.loads((tmp_path / "tune.json").read_text())
     assert content["format"] == 1 and len(content["chains"]) == 2
     assert ElementTree.fromstring((tmp_path / "tune.svg").read_text()).tag.endswith("svg")
