@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.segment import Segment, Segments
 from rich.style import Style
 from rich.text import Text
-from transformers import PreTrainedTokenizerBase
 
 from sstf.config_loading import Section
 from sstf.data.chat_template import render_prompt
 from sstf.decode import DecodePolicy, SpeculativeDecoder, Step
+from sstf.decode.text_stream import TextStream
 from sstf.errors import DecodeError, SstfError
 from sstf.opening import open_decoder
 from sstf.types import Message
@@ -140,35 +140,6 @@ class _Stopped(Exception):
     """Leaves `generate` between two passes."""
 
 
-class TextStream:
-    """Text of token ids as they come; characters whose bytes are not all there are held back."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
-        self.tokenizer = tokenizer
-        self.ids: list[int] = []
-        self.text = ""  # given out so far
-
-    def push(self, token: int) -> str:
-        """What can be shown now and could not before."""
-        self.ids.append(token)
-        # The whole text each time: how a token reads may depend on those before it, and half a millisecond is little.
-        return self._give(self._decode().rstrip("\N{REPLACEMENT CHARACTER}"))
-
-    def finish(self) -> str:
-        """The rest, with characters that stayed incomplete."""
-        return self._give(self._decode())
-
-    def _give(self, text: str) -> str:
-        new = text[len(self.text) :]
-        self.text += new
-        return new
-
-    def _decode(self) -> str:
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        assert isinstance(text, str)
-        return text
-
-
 class Chat:
     """A conversation with one target.
 
@@ -222,16 +193,23 @@ class Chat:
         limit = min(config.max_new_tokens, target.context - len(prompt))
         stream = TextStream(target.tokenizer)
         times: list[float] = []
-        accepted, drafted = 0, False
+        said: list[str] = []
+        tokens, accepted, drafted = 0, 0, False
+
+        def give(text: str) -> None:
+            if text:
+                said.append(text)
+                show(text, drafted)
 
         def on_step(step: Step) -> None:
-            nonlocal accepted, drafted
+            nonlocal tokens, accepted, drafted
             times.append(time.perf_counter())
+            tokens += len(step.tokens)
             accepted += step.accepted
             for part, of_draft in ((step.tokens[: step.accepted], True), (step.tokens[step.accepted :], False)):
-                drafted = of_draft if part else drafted
-                if text := "".join([stream.push(token) for token in part]):
-                    show(text, drafted)
+                if part:
+                    drafted = of_draft
+                    give(stream.push(part))
             if stopped():
                 raise _Stopped
 
@@ -242,17 +220,17 @@ class Chat:
             ended = "end" if self.decoder.generate(prompt, limit, *draw, on_step=on_step).ended == "end" else "length"
         except _Stopped:
             ended = "stopped"
-        if rest := stream.finish():
-            show(rest, drafted)
+        give(stream.finish())
         passes = max(0, len(times) - 1)
         seconds = times[-1] - times[0] if times else 0.0
-        figures = Figures(len(stream.ids), min(1, len(times)), passes, accepted, seconds)
+        figures = Figures(tokens, min(1, len(times)), passes, accepted, seconds)
         self.figures += figures
         forgotten = sum(turn.role == "user" for turn in self.history) + 1 - sum(turn.role == "user" for turn in history)
-        if stream.ids:
-            self.history = [*history, Message("assistant", stream.text)]
-            self.context_used = len(prompt) + len(stream.ids)
-        return Answer(stream.text, figures, ended, limit, forgotten)
+        answer = "".join(said)
+        if tokens:
+            self.history = [*history, Message("assistant", answer)]
+            self.context_used = len(prompt) + tokens
+        return Answer(answer, figures, ended, limit, forgotten)
 
     def _prompt(self, messages: list[Message]) -> tuple[list[int], list[Message]]:
         """Ids of the request and the messages in it: without the oldest turns where the context is too small."""

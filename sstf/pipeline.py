@@ -518,7 +518,14 @@ class Run:
         head = load_head(path, self.target) if path else DraftHead(self.config.method.kind, self.method)
         seen = self._seen_in_training()
         found = measure(self.target, head, self.config.eval, self.progress, self.config.seed)
-        write_report(folder, found, self.target, str(path) if path else None, self.config.eval.model_dump(mode="json"))
+        write_report(
+            folder,
+            found,
+            self.target,
+            str(path) if path else None,
+            self.config.eval.model_dump(mode="json"),
+            self.progress.note,
+        )
         keys = ("arm", "temperature", "accepted_length", "tokens_per_second", "speedup", "speedup_ci", "void")
         return {
             "rows": [{key: getattr(row, key) for key in keys} for row in found.rows if row.category == "all"],

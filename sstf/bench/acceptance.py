@@ -11,18 +11,30 @@ A counter has one line for each process, and they are summed. Traffic of others 
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass, field
 from typing import Any
 
-# Of each engine: verify passes, accepted draft tokens, tokens emitted by verify passes; "" is not counted.
+from sstf.evaluation.metrics import acceptance_rate
+from sstf.prometheus import read_metrics
+
+# Of each engine: verify passes, accepted draft tokens, tokens emitted by verify passes, and accepted draft tokens by
+# position; "" is not counted.
 ENGINES = (
-    ("vllm:spec_decode_num_drafts_total", "vllm:spec_decode_num_accepted_tokens_total", ""),
-    ("sstf_verify_passes_total", "sstf_accepted_tokens_total", "sstf_verified_tokens_total"),
-    ("sglang:spec_verify_calls_total", "", ""),
+    (
+        "vllm:spec_decode_num_drafts_total",
+        "vllm:spec_decode_num_accepted_tokens_total",
+        "",
+        "vllm:spec_decode_num_accepted_tokens_per_pos_total",
+    ),
+    (
+        "sstf_verify_passes_total",
+        "sstf_accepted_tokens_total",
+        "sstf_verified_tokens_total",
+        "sstf_accepted_tokens_per_position_total",
+    ),
+    ("sglang:spec_verify_calls_total", "", "", ""),
 )
-PER_POSITION = ("vllm:spec_decode_num_accepted_tokens_per_pos_total", "sstf_accepted_tokens_per_position_total")
-LINE = re.compile(r"([A-Za-z_:][\w:]*)(?:\{(.*)\})? (\S+)(?: \d+)?")
+WANTED = frozenset(name for names in ENGINES for name in names if name)
 
 
 @dataclass(frozen=True)
@@ -62,23 +74,11 @@ class Acceptance:
 
 def read_counters(page: str) -> Counters | None:
     """The counters of a /metrics page; None for an engine that does not speculate, or does not say so."""
-    sums: dict[str, float] = {}
-    at: dict[int, float] = {}
-    for line in page.splitlines():
-        found = LINE.fullmatch(line.strip())
-        if found is None:
-            continue
-        name, labels, text = found.groups()
-        try:
-            value = float(text)
-        except ValueError:
-            continue
-        position = re.search(r'position="(\d+)"', labels or "")
-        if name in PER_POSITION and position:
-            at[int(position[1])] = at.get(int(position[1]), 0.0) + value
-        sums[name] = sums.get(name, 0.0) + value
-    for passes, accepted, emitted in ENGINES:
+    scrape = read_metrics(page, WANTED)
+    sums = scrape.values
+    for passes, accepted, emitted, accepted_at in ENGINES:
         if passes in sums:
+            at = scrape.by_position.get(accepted_at, {})
             return Counters(sums[passes], sums.get(accepted), sums.get(emitted), at)
     return None
 
@@ -110,6 +110,4 @@ def acceptance(
     else:
         return None
     survival = [(after.accepted_at[i] - before.accepted_at.get(i, 0.0)) / passes for i in sorted(after.accepted_at)]
-    reached = [1.0, *survival]
-    rates = [now / then if then else None for now, then in zip(survival, reached, strict=False)]
-    return Acceptance(round(passes), length, received_length, survival, rates)
+    return Acceptance(round(passes), length, received_length, survival, acceptance_rate(survival))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,9 @@ from sstf.bench.shadow import Advice
 from sstf.bench.usage import Usage
 
 SCHEMA = "sstf-bench/1"
+HEADINGS = ("", "baseline", "candidate", "ratio (95 %)")
+Cells = tuple[str, str, str, str]  # a row under them
+VERDICTS = {True: "holds", False: "FAILS", None: "not judged"}  # of a check
 SHOWN_DIFFERENCES = 5
 SHOWN_ERRORS = 3
 
@@ -47,10 +51,16 @@ class LoadFigures:
     """Both servers under one load."""
 
     name: str
+    concurrency: int | None
     requests: int
     baseline: SideFigures
     candidate: SideFigures
     latencies: dict[Metric, Latencies]
+
+    @property
+    def title(self) -> str:
+        """For a table."""
+        return f"{self.name}, {self.requests} requests to each"
 
     def to_json(self) -> dict[str, Any]:
         """Times in seconds; a figure with an interval is `[value, low, high]`, one for each of P50, P95, P99."""
@@ -66,6 +76,7 @@ class LoadFigures:
             }
         return {
             "load": self.name,
+            "concurrency": self.concurrency,
             "requests": self.requests,
             **sides,
             "latency_s": {
@@ -81,6 +92,7 @@ def load_figures(load: Load, objective: dict[Metric, float]) -> LoadFigures:
     drawn = draws(len(load.requests))
     return LoadFigures(
         load.level.name,
+        load.level.concurrency,
         len(load.requests),
         _side(load.baseline, objective),
         _side(load.candidate, objective),
@@ -143,51 +155,81 @@ class Report:
 
 
 def _table(load: LoadFigures) -> Table:
-    table = Table(title=f"{load.name}, {load.requests} requests to each", title_justify="left")
-    for heading in ("", "baseline", "candidate", "ratio (95 %)"):
+    table = Table(title=load.title, title_justify="left")
+    for heading in HEADINGS:
         table.add_column(heading, justify="left" if not heading else "right")
-    for metric, found in load.latencies.items():
-        for i, percentile in enumerate(PERCENTILES):
-            old, new, ratio = found.baseline[i], found.candidate[i], found.ratio[i]
-            shown = f"{ratio.value:.2f} ({ratio.low:.2f} to {ratio.high:.2f})" if ratio else "-"
-            table.add_row(f"{metric} P{percentile} ms", _ms(old), _ms(new), shown)
+    for section in sections(load):
+        for cells in section:
+            table.add_row(*cells)
         table.add_section()
-    old_side, new_side = load.baseline, load.candidate
-    old_flow, new_flow = old_side.throughput, new_side.throughput
-    _add(table, "requests/s", old_flow.requests_per_s, new_flow.requests_per_s)
-    _add(table, "tokens/s", old_flow.tokens_per_s, new_flow.tokens_per_s)
-    table.add_row("  its rounds", _rounds(old_side.rounds), _rounds(new_side.rounds), "")
-    if old_flow.goodput is not None:
-        _add(table, "goodput req/s", old_flow.goodput, new_flow.goodput)
-        _add(table, "  of all requests", old_flow.good_share, new_flow.good_share)
-    table.add_row("failed", str(old_flow.failed), str(new_flow.failed), "")
-    if max(old_side.latest_s, new_side.latest_s) > 0:
-        table.add_row("sent late, at most ms", f"{old_side.latest_s * 1e3:.1f}", f"{new_side.latest_s * 1e3:.1f}", "")
-    sides = (old_side, new_side)
-    if any(side.acceptance for side in sides):
-        table.add_section()
-        table.add_row(
-            "accepted length", *(f"{s.acceptance.accepted_length:.3f}" if s.acceptance else "-" for s in sides)
-        )
-        table.add_row("survival", *(_list(s.acceptance.survival) if s.acceptance else "-" for s in sides))
-    if any(side.usage for side in sides):
-        table.add_section()
-        table.add_row("cores busy", *(f"{s.usage.cores:.2f}" if s.usage else "-" for s in sides))
-        table.add_row("  of others", *(f"{s.usage.others_cores:.2f}" if s.usage else "-" for s in sides))
-        table.add_row("memory GiB", *(f"{s.usage.peak_bytes / 2**30:.2f}" if s.usage else "-" for s in sides))
-        if any(s.usage and s.usage.gpu_busy is not None for s in sides):
-            table.add_row("GPU busy", *(_or_dash(s.usage.gpu_busy if s.usage else None) for s in sides))
-            table.add_row("GPU memory GiB", *(_or_dash(s.usage.gpu_bytes if s.usage else None, 2**-30) for s in sides))
     return table
 
 
-def _add(table: Table, name: str, old: float | None, new: float | None) -> None:
+def sections(load: LoadFigures) -> list[list[Cells]]:
+    """The rows of a load's table under `HEADINGS`, in groups."""
+    old, new = load.baseline, load.candidate
+    times: list[list[Cells]] = [
+        [
+            (f"{metric} P{percentile} ms", _ms(found.baseline[i]), _ms(found.candidate[i]), _ratio(found.ratio[i]))
+            for i, percentile in enumerate(PERCENTILES)
+        ]
+        for metric, found in load.latencies.items()
+    ]
+    was, now = old.throughput, new.throughput
+    flow = [
+        _figure("requests/s", was.requests_per_s, now.requests_per_s),
+        _figure("tokens/s", was.tokens_per_s, now.tokens_per_s),
+        ("  its rounds", _rounds(old.rounds), _rounds(new.rounds), ""),
+    ]
+    if was.goodput is not None:
+        flow.append(_figure("goodput req/s", was.goodput, now.goodput))
+        flow.append(_figure("  of all requests", was.good_share, now.good_share))
+    flow.append(("failed", str(was.failed), str(now.failed), ""))
+    if max(old.latest_s, new.latest_s) > 0:
+        flow.append(("sent late, at most ms", f"{old.latest_s * 1e3:.1f}", f"{new.latest_s * 1e3:.1f}", ""))
+    accepted = (old.acceptance, new.acceptance)
+    drafts: list[Cells] = []
+    if any(accepted):
+        drafts = [
+            ("accepted length", *_pair(f"{found.accepted_length:.3f}" if found else "-" for found in accepted), ""),
+            ("survival", *_pair(_list(found.survival) if found else "-" for found in accepted), ""),
+        ]
+    use: list[Cells] = []
+    if old.usage or new.usage:
+        use = [
+            _use(load, "cores busy", lambda usage: usage.cores),
+            _use(load, "  of others", lambda usage: usage.others_cores),
+            _use(load, "memory GiB", lambda usage: usage.peak_bytes / 2**30),
+        ]
+        if any(usage and usage.gpu_busy is not None for usage in (old.usage, new.usage)):
+            use.append(_use(load, "GPU busy", lambda usage: usage.gpu_busy))
+            use.append(
+                _use(load, "GPU memory GiB", lambda usage: None if usage.gpu_bytes is None else usage.gpu_bytes / 2**30)
+            )
+    return [section for section in (*times, flow, drafts, use) if section]
+
+
+def _pair(texts: Iterable[str]) -> tuple[str, str]:
+    old, new = texts
+    return old, new
+
+
+def _use(load: LoadFigures, name: str, read: Callable[[Usage], float | None]) -> Cells:
+    old, new = _pair(_or_dash(read(side.usage) if side.usage else None) for side in (load.baseline, load.candidate))
+    return name, old, new, ""
+
+
+def _figure(name: str, old: float | None, new: float | None) -> Cells:
     ratio = f"{new / old:.2f}" if old and new is not None else "-"
-    table.add_row(name, _or_dash(old), _or_dash(new), ratio)
+    return name, _or_dash(old), _or_dash(new), ratio
 
 
-def _or_dash(value: float | None, scale: float = 1.0) -> str:
-    return "-" if value is None else f"{value * scale:.2f}"
+def _ratio(found: Interval | None) -> str:
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})" if found else "-"
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
 
 
 def _ms(figure: Interval | None) -> str:
@@ -208,8 +250,7 @@ def _print_advice(advice: Advice, out: Console) -> None:
     for heading in ("check", "found", "limit", ""):
         table.add_column(heading)
     for check in advice.checks:
-        verdict = {True: "holds", False: "FAILS", None: "not judged"}[check.holds]
-        table.add_row(*map(Text, (check.name, check.found, check.limit, verdict)))
+        table.add_row(*map(Text, (check.name, check.found, check.limit, VERDICTS[check.holds])))
     out.print(table)
     if advice.median_share is not None:
         share = f"{advice.median_share:.0%}"

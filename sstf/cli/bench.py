@@ -76,6 +76,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--seed", metavar="N", type=int, default=0, help="of Poisson arrivals (default: 0)")
     parser.add_argument("--timeout", metavar="S", type=_seconds, default=600.0, help="of silence (default: 600)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the whole report")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write it as a page, with plots")
     parser.set_defaults(work=run)
 
 
@@ -83,12 +84,13 @@ def run(args: argparse.Namespace, err: Console) -> int:
     """1 for a partial report or a no-go."""
     quiet_libraries()
     try:
+        from sstf.bench.page import page
         from sstf.bench.run import bench
     except ModuleNotFoundError as error:
         from sstf.errors import ConfigError
 
         raise ConfigError(f"sstf bench needs {error.name}; install it with: pip install 'sstf[engines]'") from None
-    from sstf.data.atomic import write_json_atomic
+    from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 
     report = bench(_settings(args), lambda line: err.print(Text(line), soft_wrap=True))
     out = Console()
@@ -96,6 +98,9 @@ def run(args: argparse.Namespace, err: Console) -> int:
     if args.json:
         write_json_atomic(args.json, report.to_json())
         out.print(Text(f"{'report':<15}{args.json}"), soft_wrap=True)
+    if args.html:
+        write_bytes_atomic(args.html, page(report).encode())
+        out.print(Text(f"{'page':<15}{args.html}"), soft_wrap=True)
     return 0 if report.good else 1
 
 

@@ -93,7 +93,7 @@ def evaluate_head(args: argparse.Namespace, err: Console) -> None:
     settings_json = config.model_dump(mode="json")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_report(args.out, found, target, str(folder), settings_json)
+        write_report(args.out, found, target, str(folder), settings_json, progress.note)
         out.print(Text(f"{'report':<15}{args.out / 'report.md'}"), soft_wrap=True)
         out.print(Text(f"{'page':<15}{args.out / 'report.html'}"), soft_wrap=True)
     if old:

@@ -29,7 +29,7 @@ def add(commands: Any) -> None:
         help="suite, prompts, max_new_tokens, batches, contexts, repeats",
     )
     sub.add_argument("--target", metavar="NAME", help="of a head: its target, if not where the head says")
-    sub.add_argument("--out", type=Path, metavar="DIR", help="write tune.json and tune.svg there")
+    sub.add_argument("--out", type=Path, metavar="DIR", help="write tune.json and the figure tune there")
     sub.set_defaults(work=run)
 
 
@@ -73,7 +73,7 @@ def run(args: argparse.Namespace, err: Console) -> int:
     out = Console()
     print_plan(found, measured, commands, out)
     if args.out:
-        write_plan(args.out, found, measured, commands)
+        shown = write_plan(args.out, found, measured, commands, progress.note)
         out.print(Text(f"{'plan':<15}{args.out / 'tune.json'}"), soft_wrap=True)
-        out.print(Text(f"{'figure':<15}{args.out / 'tune.svg'}"), soft_wrap=True)
+        out.print(Text(f"{'figure':<15}{shown}"), soft_wrap=True)
     return 0 if any(found.break_even.values()) else 1

@@ -15,9 +15,9 @@ from urllib.parse import urlsplit
 import httpx
 
 from sstf.dashboard.alarms import Alarms, Band, Clock, Drift
-from sstf.dashboard.prometheus import Scrape, difference, fell, percentile, read_metrics
 from sstf.dashboard.tables import History
 from sstf.errors import ConfigError
+from sstf.prometheus import Scrape, difference, fell, percentile, read_metrics
 
 SPAN = 30.0  # seconds
 LIMIT = 8 << 20  # bytes of an answer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -23,22 +24,30 @@ DEPTH = 4  # of the drafts measured
 
 @torch.inference_mode()
 def measure_costs(
-    target: Target, drafter: Drafter | None, layers: Sequence[int], slots: int = 1, repeats: int = 3, past: int = PAST
+    target: Target,
+    drafter: Drafter | None,
+    layers: Sequence[int],
+    slots: int = 1,
+    repeats: int = 3,
+    past: int = PAST,
+    rows: int = KNOTS[-1],
 ) -> CostModel:
-    """Time verify passes of every size in `KNOTS`, and drafting, in turn, behind `past` tokens; medians of `repeats`.
+    """Time verify passes of the sizes in `KNOTS`, and drafting, in turn, behind `past` tokens; medians of `repeats`.
 
+    Sizes that nobody needs are not measured: those above the first knot that holds `rows` go on with the last slope.
     Host work starts at 0: decoding itself teaches it. A drafter is left without sequences.
     """
+    needed = KNOTS[: max(2, bisect_left(KNOTS, rows) + 1)]
     past = min(past, target.context // 2)
-    knots = [min(knot, target.context - past) for knot in KNOTS]
+    knots = [min(knot, target.context - past) for knot in needed]
     with target.tap(layers) as taps:
-        passes = Passes(target, taps if layers else None, slots, past + KNOTS[-1] + 1)
+        passes = Passes(target, taps if layers else None, slots, past + needed[-1] + 1)
         features = [passes.prefill(slot, [1] * past)[1] for slot in range(slots)]
-        times: dict[int, list[float]] = {knot: [] for knot in KNOTS}
+        times: dict[int, list[float]] = {knot: [] for knot in needed}
         drafts: list[float] = []
         for _ in range(repeats + 1):
-            for knot, rows in zip(KNOTS, knots, strict=True):
-                times[knot].append(_time(target, partial(_verify, passes, slots, past, rows)))
+            for knot, size in zip(needed, knots, strict=True):
+                times[knot].append(_time(target, partial(_verify, passes, slots, past, size)))
             if drafter:
                 drafter.start(slots, past + DEPTH + 2)
                 first = [News(slot, [1] * (past - 1), features[slot][1:]) for slot in range(slots)]
@@ -48,7 +57,9 @@ def measure_costs(
                 seconds = _time(target, again)
                 drafts.append(seconds / max(1, drafter.levels))
     # The first round warms up.
-    verify_s = [statistics.median(times[knot][1:]) for knot in KNOTS]
+    verify_s = [statistics.median(times[knot][1:]) for knot in needed]
+    slope = max(0.0, (verify_s[-1] - verify_s[-2]) / (needed[-1] - needed[-2]))
+    verify_s += [verify_s[-1] + slope * (knot - needed[-1]) for knot in KNOTS[len(needed) :]]
     return CostModel(verify_s, draft_s=statistics.median(drafts[1:]) if drafts else 0.0, host_s=0.0)
 
 

@@ -15,6 +15,8 @@ from sstf.targets import FrozenHead
 
 SAME_EMBEDDING = 0.99  # cosine; random rows have about 0, the target's own rounded to bfloat16 above 0.9999
 
+TOKENS = ("d2t", "t2d", "token_map", "mask_token")  # tensors that hold tokens, not weights
+
 FINITE = Question(
     "head",
     "finite values",
@@ -24,7 +26,7 @@ FINITE = Question(
 DTYPES = Question(
     "head",
     "dtypes",
-    "weights of 16 or 32 bits, d2t and t2d integers or flags",
+    "weights of 16 or 32 bits, tokens and their maps integers or flags",
     "Write the head again in bfloat16 or float32, with its vocabulary map as integers.",
 )
 LAYERS = Question(
@@ -78,7 +80,7 @@ def _finite(files: HeadFiles) -> Check:
 
 
 def _dtypes(files: HeadFiles) -> Check:
-    maps = {id(files.tensor("d2t")), id(files.tensor("t2d"))}
+    maps = {id(files.tensor(name)) for name in TOKENS}
     kinds = Counter(str(tensor.dtype).removeprefix("torch.") for tensor in files.tensors.values())
     good = {
         False: (torch.float32, torch.bfloat16, torch.float16),

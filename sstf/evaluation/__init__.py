@@ -2,7 +2,7 @@
 
 from sstf.evaluation.config import EvalConfig
 from sstf.evaluation.report import write_report
-from sstf.evaluation.run import Evaluation, Row, evaluate, measure
+from sstf.evaluation.run import Evaluation, Row, compare_heads, evaluate, measure
 from sstf.evaluation.suites import Prompt, load_suite
 from sstf.machine import hardware
 
@@ -11,6 +11,7 @@ __all__ = [
     "Evaluation",
     "Prompt",
     "Row",
+    "compare_heads",
     "evaluate",
     "hardware",
     "load_suite",

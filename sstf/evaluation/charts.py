@@ -50,7 +50,7 @@ def lines(
     place = math.log2 if doubling else float
     low, high = min(place(x) for x, _ in points), max(place(x) for x, _ in points)
     low, high = (low, high) if low < high else (low - 0.5, high + 0.5)
-    plot = _Plot(title, x_label, y_label, y_from, max(y for _, y in points))
+    plot = _Plot(title, x_label, y_label, y_from, max(y for _, y in points), list(series))
 
     def across(x: float) -> float:
         return LEFT + 12 + (place(x) - low) / (high - low) * (WIDTH - LEFT - RIGHT - 24)
@@ -63,10 +63,10 @@ def lines(
         plot.parts.append(f'<polyline points="{path}" class="line s{number % MARKS}"/>')
         plot.parts += [
             f'<circle cx="{across(x):.1f}" cy="{plot.down(y):.1f}" r="3.5" class="mark s{number % MARKS}">'
-            f"<title>{escape(name)}: {x:g}, {y:.3g}</title></circle>"
+            f"<title>{escape(name)}: {x:g}, {_shown(y)}</title></circle>"
             for x, y in line
         ]
-    return plot.close(list(series))
+    return plot.close()
 
 
 def bars(groups: Sequence[str], series: Mapping[str, Sequence[Bar | None]], title: str, y_label: str) -> str:
@@ -81,7 +81,8 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Bar | None]], titl
     known = [bar for row in series.values() for bar in row if bar]
     if not known:
         return ""
-    plot = _Plot(title, "", y_label, 0.0, max(bar.high or bar.value for bar in known))
+    names = list(series) if len(series) > 1 else []
+    plot = _Plot(title, "", y_label, 0.0, max(bar.high or bar.value for bar in known), names)
     room = (WIDTH - LEFT - RIGHT) / len(groups)
     slanted = 6.2 * max(map(len, groups)) > room
     wide = 0.8 * room / len(series)
@@ -92,11 +93,11 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Bar | None]], titl
             if bar is None:
                 continue
             x, top = LEFT + place * room + 0.1 * room + number * wide, plot.down(bar.value)
-            span = f" ({bar.low:.3g} to {bar.high:.3g})" if bar.low is not None and bar.high is not None else ""
+            span = f" ({_shown(bar.low)} to {_shown(bar.high)})" if bar.low is not None and bar.high is not None else ""
             plot.parts.append(
                 f'<rect x="{x:.1f}" y="{top:.1f}" width="{max(1.0, wide - 1):.1f}" '
                 f'height="{plot.down(0.0) - top:.1f}" class="mark s{number % MARKS}">'
-                f"<title>{escape(group)}, {escape(name)}: {bar.value:.3g}{span}</title></rect>"
+                f"<title>{escape(group)}, {escape(name)}: {_shown(bar.value)}{span}</title></rect>"
             )
             if bar.low is not None and bar.high is not None:
                 middle = x + (wide - 1) / 2
@@ -104,7 +105,7 @@ def bars(groups: Sequence[str], series: Mapping[str, Sequence[Bar | None]], titl
                     f'<line x1="{middle:.1f}" x2="{middle:.1f}" y1="{plot.down(bar.low):.1f}" '
                     f'y2="{plot.down(bar.high):.1f}" class="axis"/>'
                 )
-    return plot.close(list(series) if len(series) > 1 else [])
+    return plot.close()
 
 
 def stacked(names: Sequence[str], parts: Mapping[str, Sequence[float]], title: str, x_label: str) -> str:
@@ -124,7 +125,8 @@ def stacked(names: Sequence[str], parts: Mapping[str, Sequence[float]], title: s
     height = TOP + row * len(names) + BOTTOM
     end = ticks(0.0, longest)
     scale = (WIDTH - left - RIGHT - 30) / end[-1]
-    out = [_open(title, height)]
+    legend, whole = _legend(list(parts), height)
+    out = [_open(title, whole)]
     for x in end:
         out.append(
             f'<line x1="{left + x * scale:.1f}" x2="{left + x * scale:.1f}" y1="{TOP}" y2="{TOP + row * len(names)}" '
@@ -137,11 +139,11 @@ def stacked(names: Sequence[str], parts: Mapping[str, Sequence[float]], title: s
             wide = lengths[place] * scale
             out.append(
                 f'<rect x="{x:.1f}" y="{y}" width="{wide:.1f}" height="{row - 6}" class="mark s{number % MARKS}">'
-                f"<title>{escape(name)}, {escape(part)}: {lengths[place]:.3g}</title></rect>"
+                f"<title>{escape(name)}, {escape(part)}: {_shown(lengths[place])}</title></rect>"
             )
             x += wide
-        out.append(_text(x + 4, y + 14, f"{totals[place]:.3g}", "start"))
-    out += [_text(WIDTH / 2, height - 24, x_label), *_legend(list(parts), height), "</svg>"]
+        out.append(_text(x + 4, y + 14, f"{_shown(totals[place])}", "start"))
+    out += [_text(WIDTH / 2, height - 24, x_label), *legend, "</svg>"]
     return "\n".join(out) + "\n"
 
 
@@ -171,10 +173,13 @@ def ticks(low: float, high: float) -> list[float]:
 class _Plot:
     """The frame of a plot with a vertical scale."""
 
-    def __init__(self, title: str, x_label: str, y_label: str, y_from: float, y_to: float) -> None:
+    def __init__(
+        self, title: str, x_label: str, y_label: str, y_from: float, y_to: float, names: Sequence[str]
+    ) -> None:
         marks = ticks(y_from, y_to)
         self.low, self.high = y_from, max(marks[-1], y_to)
-        self.parts = [_open(title, HEIGHT)]
+        self.legend, height = _legend(names, HEIGHT)
+        self.parts = [_open(title, height)]
         for y in marks:
             self.parts.append(
                 f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{self.down(y):.1f}" y2="{self.down(y):.1f}" '
@@ -199,8 +204,8 @@ class _Plot:
         else:
             self.parts.append(_text(x, y, text))
 
-    def close(self, names: list[str]) -> str:
-        return "\n".join([*self.parts, *_legend(names, HEIGHT), "</svg>"]) + "\n"
+    def close(self) -> str:
+        return "\n".join([*self.parts, *self.legend, "</svg>"]) + "\n"
 
 
 def _open(title: str, height: float) -> str:
@@ -210,14 +215,23 @@ def _open(title: str, height: float) -> str:
     )
 
 
+def _shown(value: float) -> str:
+    """Three digits, or all that stand before the point."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+
+
 def _text(x: float, y: float, text: str, anchor: str = "middle") -> str:
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
 
-def _legend(names: Sequence[str], height: float) -> list[str]:
-    out, x = [], float(LEFT)
+def _legend(names: Sequence[str], height: float) -> tuple[list[str], float]:
+    """Below a plot that is `height` high without further rows; with the height that the legend makes it."""
+    out, x, y = [], float(LEFT), height - 14
     for number, name in enumerate(names):
-        out.append(f'<rect x="{x:.1f}" y="{height - 14}" width="9" height="9" class="mark s{number % MARKS}"/>')
-        out.append(_text(x + 13, height - 6, name, "start"))
-        x += 26 + 6.3 * len(name)
-    return out
+        wide = 26 + 6.3 * len(name)
+        if x > LEFT and x + wide > WIDTH + 12:
+            x, y = float(LEFT), y + 15
+        out.append(f'<rect x="{x:.1f}" y="{y}" width="9" height="9" class="mark s{number % MARKS}"/>')
+        out.append(_text(x + 13, y + 8, name, "start"))
+        x += wide
+    return out, y + 14

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -10,24 +11,18 @@ from sstf.evaluation.charts import Bar, bars, lines, stacked
 from sstf.evaluation.config import NGRAM, PLAIN
 from sstf.evaluation.run import ALL
 
+Row = dict[str, Any]  # of the report's `rows`, `distributions`, ...
 
-def figures(report: dict[str, Any]) -> list[str]:
-    """Every plot that the report has figures for, as SVG."""
-    drafted = [row for row in report["rows"] if row["category"] == ALL and row["arm"] != PLAIN]
-    several = len({row["temperature"] for row in report["rows"]}) > 1
 
-    def name(item: dict[str, Any]) -> str:
-        return f"{item['arm']}, T={item['temperature']:g}" if several else str(item["arm"])
-
-    temperature = report["rows"][0]["temperature"]
-    found = [
-        lines(
-            {name(row): list(enumerate(row["survival"], 1)) for row in drafted if row["survival"]},
-            "Survival: passes that accepted position i",
-            "draft position",
-            "share of passes",
-        ),
-        lines(
+def figures(report: dict[str, Any]) -> dict[str, str]:
+    """Every plot that the report has figures for, as SVG, by a name for a file."""
+    rows = report["rows"]
+    drafted = [row for row in rows if row["category"] == ALL and row["arm"] != PLAIN]
+    name = _namer(rows)
+    temperature = rows[0]["temperature"]
+    found = {
+        "survival": survival_plot(rows),
+        "acceptance-rate": lines(
             {
                 name(row): [(i, rate) for i, rate in enumerate(row["acceptance_rate"], 1) if rate is not None]
                 for row in drafted
@@ -37,17 +32,21 @@ def figures(report: dict[str, Any]) -> list[str]:
             "draft position",
             "share accepted",
         ),
-        _histogram(report, temperature),
-        _groups(report["rows"], temperature, "accepted_length", "Accepted length by category"),
-        _groups(report["rows"], temperature, "speedup", "Speedup by category"),
-        _groups(report["by_mode"], temperature, "accepted_length", "Accepted length by mode"),
-        _groups(report["by_length"], temperature, "accepted_length", "Accepted length by prompt length"),
-        stacked(
-            [name(row) for row in report["rows"] if row["category"] == ALL],
+        "tokens-of-a-pass": _histogram(report, temperature),
+        "accepted-length-by-category": _groups(rows, temperature, "accepted_length", "Accepted length by category"),
+        "speedup-by-category": _groups(rows, temperature, "speedup", "Speedup by category"),
+        "accepted-length-by-mode": _groups(
+            report["by_mode"], temperature, "accepted_length", "Accepted length by mode"
+        ),
+        "accepted-length-by-prompt-length": _groups(
+            report["by_length"], temperature, "accepted_length", "Accepted length by prompt length"
+        ),
+        "time-of-a-token": stacked(
+            [name(row) for row in rows if row["category"] == ALL],
             {
                 part: [
                     max(0.0, row[f"{part}_ms"]) / (row["accepted_length"] or 1.0)
-                    for row in report["rows"]
+                    for row in rows
                     if row["category"] == ALL
                 ]
                 for part in ("draft", "verify", "host")
@@ -55,7 +54,7 @@ def figures(report: dict[str, Any]) -> list[str]:
             "Where the time of a token goes",
             "milliseconds a token",
         ),
-        lines(
+        "accepted-length-by-context": lines(
             {
                 name(one): [((b["low"] or b["high"] / 2) * 1.0, b["accepted_length"]) for b in one["by_context"]]
                 for one in report["distributions"]
@@ -66,16 +65,42 @@ def figures(report: dict[str, Any]) -> list[str]:
             "accepted length",
             doubling=True,
         ),
-        _speedup_by_depth(report),
-        lines(
-            {"validation": report["training"] or []},
-            "Training",
-            "optimiser step",
-            "simulated accepted length",
-            y_from=1.0 if all(y >= 1 for _, y in report["training"] or []) else 0.0,
-        ),
-    ]
-    return [svg for svg in found if svg]
+        "speedup-by-depth": _speedup_by_depth(report),
+        "training": training_plot(report["training"] or []),
+    }
+    return {key: svg for key, svg in found.items() if svg}
+
+
+def survival_plot(rows: Sequence[Row]) -> str:
+    """Of every arm that drafts, over all prompts."""
+    name = _namer(rows)
+    return lines(
+        {
+            name(row): list(enumerate(row["survival"], 1))
+            for row in rows
+            if row["category"] == ALL and row["arm"] != PLAIN and row["survival"]
+        },
+        "Survival: passes that accepted position i",
+        "draft position",
+        "share of passes",
+    )
+
+
+def training_plot(points: Sequence[tuple[int, float]]) -> str:
+    """Simulated accepted length on held-out conversations, by optimiser step."""
+    return lines(
+        {"held-out conversations": points},
+        "Training",
+        "optimiser step",
+        "simulated accepted length",
+        y_from=1.0 if all(y >= 1 for _, y in points) else 0.0,
+    )
+
+
+def _namer(rows: Sequence[Row]) -> Callable[[Row], str]:
+    """Names an arm's row, with its temperature where there are several."""
+    several = len({row["temperature"] for row in rows}) > 1
+    return lambda row: f"{row['arm']}, T={row['temperature']:g}" if several else str(row["arm"])
 
 
 def _histogram(report: dict[str, Any], temperature: float) -> str:

@@ -13,7 +13,7 @@ The oracle is for sampling: a greedy target's path mass is 1 on one chain, which
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,6 @@ from sstf.evaluation.metrics import Record, acceptance_rate, accepted_length, su
 from sstf.targets import Target
 from sstf.types import DraftTree
 from sstf.warping import warp
-
-ORACLE_POSITIONS = 8  # contexts that the oracle's tree is grown from, one a prompt
 
 
 @dataclass(frozen=True)
@@ -97,16 +95,19 @@ def constant_rate_length(rate: float, depth: int) -> float:
     return float(sum(rate**level for level in range(depth + 1)))
 
 
-def oracle_length(
-    next_probs: Callable[[DraftTree], Float[Tensor, "rows vocab"]], depth: int, nodes: int, device: torch.device
-) -> float:
-    """Expected accepted length of the best tree: at most `nodes` nodes, the most probable paths of at most `depth`.
+Growth = Generator[DraftTree, Float[Tensor, "rows vocab"], float]
+
+
+def best_tree(depth: int, nodes: int, device: torch.device) -> Growth:
+    """Grow the best tree: at most `nodes` nodes, the most probable paths of at most `depth`.
 
     A node never has more mass than its parent, so the best nodes form a tree, and what is not among the best when its
     level is grown never comes back: growing level by level is exact.
 
+    Yields each tree whose distributions it needs: the target's behind the root (row 0) and behind every node. Returns
+    the expected accepted length.
+
     Args:
-        next_probs: of a tree, the target's distributions behind the root (row 0) and behind every node.
         depth: levels.
         nodes: kept of all levels together.
         device: of the tree.
@@ -119,7 +120,7 @@ def oracle_length(
         tree = DraftTree(torch.tensor(tokens, dtype=torch.int64, device=device), torch.tensor(parents, device=device))
         if not tokens:
             tree = DraftTree.empty(device)
-        probs = next_probs(tree)
+        probs = yield tree
         best, ids = probs[[node + 1 for node in frontier]].topk(min(nodes, probs.shape[-1]), dim=-1)
         old = len(tokens)
         for node, chances, children in zip(frontier, best.tolist(), ids.tolist(), strict=True):
@@ -139,6 +140,23 @@ def oracle_length(
     return 1 + sum(mass)
 
 
+def grow_together(
+    growths: Sequence[Growth], verify: Callable[[list[int], list[DraftTree]], Sequence[Float[Tensor, "rows vocab"]]]
+) -> list[float]:
+    """What each growth returns. All that still grow are verified in one call, which gets their numbers and trees."""
+    waiting = {number: next(growth) for number, growth in enumerate(growths)}
+    lengths = [0.0] * len(growths)
+    while waiting:
+        found = verify(list(waiting), list(waiting.values()))
+        for number, probs in zip(list(waiting), found, strict=True):
+            try:
+                waiting[number] = growths[number].send(probs)
+            except StopIteration as end:
+                lengths[number] = end.value
+                del waiting[number]
+    return lengths
+
+
 @torch.inference_mode()
 def tree_oracles(
     target: Target,
@@ -152,16 +170,17 @@ def tree_oracles(
     if not target.takes_trees or not contexts:
         return None
     room = max(shape.nodes for shape in shapes) + 1
-    passes = Passes(target, None, 1, max(map(len, contexts)) + room)
-    lengths = [0.0] * len(shapes)
-    for ids in contexts:
-        past = len(ids) - 1
-        passes.prefill(0, list(ids[:-1]))
+    passes = Passes(target, None, len(contexts), max(map(len, contexts)) + room)
+    for slot, ids in enumerate(contexts):
+        passes.prefill(slot, list(ids[:-1]))
 
-        def next_probs(tree: DraftTree, past: int = past, root: int = ids[-1]) -> Tensor:
-            logits, _ = passes.verify([0], [past], [root], [tree])
-            return warp(logits[0], temperature, top_p)
+    def verify(slots: list[int], trees: list[DraftTree]) -> list[Tensor]:
+        past, roots = [len(contexts[slot]) - 1 for slot in slots], [contexts[slot][-1] for slot in slots]
+        logits, _ = passes.verify(slots, past, roots, trees)
+        return [warp(rows[: len(tree) + 1], temperature, top_p) for rows, tree in zip(logits, trees, strict=True)]
 
-        for number, shape in enumerate(shapes):
-            lengths[number] += oracle_length(next_probs, shape.depth, shape.nodes, target.device)
-    return [total / len(contexts) for total in lengths]
+    means = []
+    for shape in shapes:
+        growths = [best_tree(shape.depth, shape.nodes, target.device) for _ in contexts]
+        means.append(sum(grow_together(growths, verify)) / len(contexts))
+    return means

@@ -1,59 +1,17 @@
-"""The report as one HTML file: tables, plots, and the rejections to look through, without any request to elsewhere.
-
-All text of the suite arrives as JSON and is put on the page as text, never as HTML; a content security policy allows
-this style and this script by their hashes and nothing else.
-"""
+"""The evaluation's page: tables, plots, and the rejections to look through; see `document` for how it is kept safe."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import html
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sstf.evaluation.config import PLAIN
-from sstf.evaluation.figures import figures
+from sstf.evaluation.document import document, gallery, paragraph, table
 from sstf.evaluation.rejections import CAUSES, Rejection
 from sstf.evaluation.run import ALL
 
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --page: #fbfbfa; --panel: #fff; --ink: #1c1e21; --soft: #5f6570; --line: #d9dbdf; --mark: #0b57d0;
-  --good: #cdeed6; --wrong: #fbd9d5;
-  --c0: #1f6feb; --c1: #d1242f; --c2: #1a7f37; --c3: #9a6700; --c4: #8250df; --c5: #57606a;
-}
-@media (prefers-color-scheme: dark) {
-  :root {
-    --page: #17181b; --panel: #202226; --ink: #e6e7ea; --soft: #a0a6b1; --line: #3a3d44; --mark: #8ab4f8;
-    --good: #14502c; --wrong: #6b221c;
-    --c0: #6ea8fe; --c1: #ff7b72; --c2: #56d364; --c3: #e3b341; --c4: #d2a8ff; --c5: #9da7b3;
-  }
-}
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 78rem; padding: 1rem; background: var(--page); color: var(--ink);
-  font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; margin: 0 0 .3rem; }
-h2 { font-size: 1.1rem; margin: 1.6rem 0 .5rem; }
-p { margin: .3rem 0; }
-.soft { color: var(--soft); }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
-th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
-th:first-child, td:first-child, .note td:last-child, .note th:last-child { text-align: left; white-space: normal; }
-.note td:last-child { min-width: 16rem; }
-#figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .8rem; }
-svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
-svg text { fill: var(--ink); }
-.grid { stroke: var(--line); }
-.axis { stroke: var(--ink); }
-.line { fill: none; stroke-width: 2; }
-.line.s0 { stroke: var(--c0); } .line.s1 { stroke: var(--c1); } .line.s2 { stroke: var(--c2); }
-.line.s3 { stroke: var(--c3); } .line.s4 { stroke: var(--c4); } .line.s5 { stroke: var(--c5); }
-.mark.s0 { fill: var(--c0); } .mark.s1 { fill: var(--c1); } .mark.s2 { fill: var(--c2); }
-.mark.s3 { fill: var(--c3); } .mark.s4 { fill: var(--c4); } .mark.s5 { fill: var(--c5); }
 #filters { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; align-items: end; }
 #filters label { display: grid; font-size: .85rem; color: var(--soft); }
 input, select, button { font: inherit; color: inherit; background: var(--panel); border: 1px solid var(--line);
@@ -68,8 +26,6 @@ input, select, button { font: inherit; color: inherit; background: var(--panel);
 .emitted { background: var(--good); } .drafted { background: var(--wrong); text-decoration: line-through; }
 #detail { border: 1px solid var(--line); background: var(--panel); padding: .6rem; margin-top: .5rem;
   overflow-wrap: anywhere; }
-:focus-visible { outline: 2px solid var(--mark); }
-kbd { border: 1px solid var(--line); border-radius: 3px; padding: 0 .3em; font-size: .85em; }
 """
 
 SCRIPT = """
@@ -164,23 +120,11 @@ if (at("list")) {
 """
 
 
-def page(report: dict[str, Any], rejections: Sequence[Rejection]) -> str:
-    """The whole page, from the content of `report.json` and the rejections to show."""
-    policy = (
-        f"default-src 'none'; style-src {_hash(STYLE)}; script-src {_hash(SCRIPT)}; base-uri 'none'; form-action 'none'"
-    )
+def page(report: dict[str, Any], plots: Mapping[str, str], rejections: Sequence[Rejection]) -> str:
+    """The whole page, from the content of `report.json`, its plots, and the rejections to show."""
     machine, target = report["hardware"], report["target"]
-    causes = [[cause, advice] for cause, advice in CAUSES.items()]
-    data = json.dumps({"causes": causes, "rejections": [vars(one) for one in rejections]}, ensure_ascii=False)
-    title = f"{report['head'] or 'Free baselines'} on {target['name']}"
     parts = [
-        "<!doctype html>",
-        '<html lang="en"><head><meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{html.escape(policy)}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title><style>{STYLE}</style></head><body>",
-        f"<h1>{html.escape(title)}</h1>",
-        _paragraph(
+        paragraph(
             f"{target['name']} in {target['dtype']}, engine {report['engine']}, sstf {report['sstf']}, "
             f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}; suite "
             f"{report['eval'].get('suite')}, at most {report['eval'].get('max_new_tokens')} new tokens, "
@@ -188,9 +132,8 @@ def page(report: dict[str, Any], rejections: Sequence[Rejection]) -> str:
         ),
         "<h2>Results</h2>",
         _rows([row for row in report["rows"] if row["category"] == ALL], ""),
-        '<h2>Plots</h2><div id="figures">',
-        *figures(report),
-        "</div>",
+        "<h2>Plots</h2>",
+        gallery(plots),
     ]
     for name, rows in (
         ("category", report["rows"]),
@@ -210,27 +153,11 @@ def page(report: dict[str, Any], rejections: Sequence[Rejection]) -> str:
             for name, text in report["formulas"].items()
         ),
         "</ul>",
-        # `<` alone could open a tag or a comment inside the script element
-        f'<script type="application/json" id="data">{data.replace("<", chr(92) + "u003c")}</script>',
-        f"<script>{SCRIPT}</script></body></html>",
     ]
-    return "\n".join(parts) + "\n"
-
-
-def _hash(content: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
-
-
-def _paragraph(text: str) -> str:
-    return f'<p class="soft">{html.escape(text)}</p>'
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]], noted: bool = False) -> str:
-    """The cells are texts; `noted`: the last column holds sentences."""
-    head = "".join(f'<th scope="col">{html.escape(text)}</th>' for text in headings)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-    name = "wide note" if noted else "wide"
-    return f'<div class="{name}"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    causes = [[cause, advice] for cause, advice in CAUSES.items()]
+    data = {"causes": causes, "rejections": [vars(one) for one in rejections]}
+    title = f"{report['head'] or 'Free baselines'} on {target['name']}"
+    return document(title, parts, STYLE, SCRIPT, data)
 
 
 def _rows(rows: Sequence[dict[str, Any]], group: str) -> str:
@@ -253,7 +180,7 @@ def _rows(rows: Sequence[dict[str, Any]], group: str) -> str:
             ]
         )
     headings = ["arm", *([group] if group else []), "temperature", "prompts", "accepted length", "tokens/s", "speedup"]
-    return _table([*headings, "draft + verify + host ms", "same text", "note"], cells, noted=True)
+    return table([*headings, "draft + verify + host ms", "same text", "note"], cells, noted=True)
 
 
 def _limits(found: Sequence[dict[str, Any]]) -> list[str]:
@@ -286,7 +213,7 @@ def _limits(found: Sequence[dict[str, Any]]) -> list[str]:
         ]
         for one in found
     ]
-    return ["<h2>Limits</h2>", _table(headings, cells)]
+    return ["<h2>Limits</h2>", table(headings, cells)]
 
 
 def _explorer(counts: dict[str, dict[str, int]], shown: int) -> list[str]:
@@ -297,12 +224,12 @@ def _explorer(counts: dict[str, dict[str, int]], shown: int) -> list[str]:
     ]
     return [
         "<h2>Rejected drafts</h2>",
-        _paragraph(
+        paragraph(
             "Greedy decoding, first repeat. Of the causes that hold for a rejection the table counts the first one, "
             "from left to right; the buttons below count every one."
         ),
-        _table(["arm", "rejected", *CAUSES], cells),
-        _paragraph(
+        table(["arm", "rejected", *CAUSES], cells),
+        paragraph(
             f"{shown} of {sum(totals.values())} can be looked at here: the drafted token crossed out, the emitted one "
             "beside it. In the list, arrow keys, Page Up and Down, Home and End move."
         ),

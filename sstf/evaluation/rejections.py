@@ -141,12 +141,18 @@ class Rejections:
     kept: list[Rejection]
 
 
-def distributions(target: Target, prompt: Sequence[int], new: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
-    """The target's logits for each of `new`, from one pass over the text: (first row, [rows, vocab] float32)."""
-    ids = torch.tensor([[*prompt, *new[:-1]]], device=target.device)
+def distributions(
+    target: Target, prompt: Sequence[int], new: Sequence[int], rows: Sequence[int]
+) -> Iterator[tuple[list[int], Tensor]]:
+    """The target's logits for the tokens `rows` (ascending) of `new`, from one pass over the text up to the last of
+    them: some of the rows, and [rows, vocab] float32."""
+    if not rows:
+        return
+    ids = torch.tensor([[*prompt, *new[: rows[-1]]]], device=target.device)
     hidden = target.decoder(ids, use_cache=False).last_hidden_state[0, len(prompt) - 1 :]
-    for first in range(0, len(hidden), ROWS):
-        yield first, target.frozen_head.native_logits(hidden[first : first + ROWS]).float()
+    for first in range(0, len(rows), ROWS):
+        some = list(rows[first : first + ROWS])
+        yield some, target.frozen_head.native_logits(hidden[some]).float()
 
 
 class Explainer:
@@ -166,15 +172,16 @@ class Explainer:
         category: str,
         prompt: Sequence[int],
         passes: Sequence[Pass],
-        first: int,
-        rows: Tensor,
+        rows: Sequence[int],
+        logits: Tensor,
     ) -> None:
-        """Explain those rejections of one text whose distributions are `rows`, from row `first` on."""
-        here = [r for r in rejected(passes) if first <= r.row < first + len(rows)]
+        """Explain those rejections of one text that stand at `rows`, where the target's logits are `logits`."""
+        place = {row: i for i, row in enumerate(rows)}
+        here = [r for r in rejected(passes) if r.row in place]
         counts = self.counts.setdefault(arm, Counter())
         if not here:
             return
-        logs = rows[[r.row - first for r in here]].log_softmax(-1)
+        logs = logits[[place[r.row] for r in here]].log_softmax(-1)
         places = torch.arange(len(here), device=logs.device)
         emitted = logs[places, torch.tensor([r.emitted for r in here], device=logs.device)].exp().tolist()
         drafted = logs[places, torch.tensor([r.drafted for r in here], device=logs.device)].exp().tolist()

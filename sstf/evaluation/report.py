@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -17,8 +18,10 @@ from typing import Any
 
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.evaluation.config import PLAIN
+from sstf.evaluation.figures import figures
 from sstf.evaluation.limits import Limits
 from sstf.evaluation.page import page
+from sstf.evaluation.plot_files import write_plots
 from sstf.evaluation.rejections import CAUSES
 from sstf.evaluation.run import ALL, Evaluation, Row
 from sstf.machine import hardware
@@ -36,20 +39,42 @@ FORMULAS = {
     "constant_rate": "(1 - a^(depth + 1)) / (1 - a) with a = acceptance_rate of the first position (chains)",
     "draft_cost, verify_cost, host_cost": "seconds a verify pass / seconds a plain pass; "
     "speedup = accepted_length / (draft_cost + verify_cost + host_cost)",
-    "vocabulary_cap": "mean target_probs of the draft vocabulary at the new tokens: no acceptance rate can exceed it",
+    "vocabulary_cap": "mean target_probs of the draft vocabulary at the new tokens (drawn text: of a sample of "
+    "prompts): no acceptance rate can exceed it",
     "tree_oracle": "1 + sum of target_probs along the path over the best nodes of a tree of the same depth and size",
+    "overhead": "1 - seconds of decoding / seconds in all: preparing (the suite, warm-up), costs, analysis, writing",
 }
 
 
 def write_report(
-    folder: Path, evaluation: Evaluation, target: Target, head: str | None, config: dict[str, Any]
+    folder: Path,
+    evaluation: Evaluation,
+    target: Target,
+    head: str | None,
+    config: dict[str, Any],
+    note: Callable[[str], None] = lambda sentence: None,
 ) -> dict[str, Any]:
-    """Write all forms to `folder`; returns what `report.json` holds."""
+    """Write all forms to `folder`, and the plots to `plots/` in it; returns what `report.json` holds.
+
+    Args:
+        folder: is made.
+        evaluation: what was measured.
+        target: that it was measured on.
+        head: its folder, None for the free baselines alone.
+        config: the settings.
+        note: is told, in a sentence, what is not written and how to have it.
+    """
+    started = time.perf_counter()
     content = report(evaluation, target, head, config)
-    write_json_atomic(folder / "report.json", content)
-    write_bytes_atomic(folder / "report.md", markdown(evaluation, content).encode())
     write_json_atomic(folder / "rejections.json", [asdict(one) for one in evaluation.rejections.kept])
-    write_bytes_atomic(folder / "report.html", page(content, evaluation.rejections.kept).encode())
+    drawn = figures(content)
+    write_bytes_atomic(folder / "report.html", page(content, drawn, evaluation.rejections.kept).encode())
+    write_plots(folder / "plots", drawn, note)
+    # All but the last two files, which tell it.
+    content["seconds"] = evaluation.seconds | {"writing": time.perf_counter() - started}
+    content["overhead"] = overhead(content["seconds"])
+    write_bytes_atomic(folder / "report.md", markdown(evaluation, content).encode())
+    write_json_atomic(folder / "report.json", content)
     return content
 
 
@@ -74,9 +99,20 @@ def report(evaluation: Evaluation, target: Target, head: str | None, config: dic
         "rejections": evaluation.rejections.counts,
         "costs": {str(batch): cost.to_json() for batch, cost in evaluation.costs.items()},
         "seconds": evaluation.seconds,
+        "overhead": overhead(evaluation.seconds),
         "training": training_curve(Path(head).parent / "metrics.jsonl") if head else None,
         "prompts": _objects(evaluation.prompts),
     }
+
+
+def overhead(seconds: Mapping[str, float]) -> float | None:
+    """Share of the wall clock that is not decoding; None where nothing was timed.
+
+    >>> overhead({"decoding": 97.0, "analysis": 2.0, "writing": 1.0})
+    0.03
+    """
+    whole = sum(seconds.values())
+    return round(1 - seconds["decoding"] / whole, 6) if whole else None
 
 
 def training_curve(log: Path) -> list[tuple[int, float]] | None:
@@ -132,13 +168,10 @@ def markdown(evaluation: Evaluation, content: dict[str, Any]) -> str:
         lines += ["## Limits", "", *_limits(evaluation.limits), ""]
     if evaluation.rejections.counts:
         lines += ["## Why drafts were rejected (temperature 0)", "", *_causes(evaluation.rejections.counts), ""]
-    seconds = content["seconds"]
-    if seconds:
-        lines += [
-            f"Decoding took {seconds['decoding']:.0f} s, finding limits and causes {seconds['analysis']:.1f} s, "
-            f"measuring costs {seconds['costs']:.1f} s.",
-            "",
-        ]
+    if content["overhead"] is not None:
+        others = ", ".join(f"{name} {took:.1f} s" for name, took in content["seconds"].items() if name != "decoding")
+        took = content["seconds"]["decoding"]
+        lines += [f"Decoding took {took:.1f} s; beside it, {others}: an overhead of {content['overhead']:.1%}.", ""]
     lines += ["## Formulas", "", *[f"- `{name}`: {formula}" for name, formula in content["formulas"].items()], ""]
     return "\n".join(lines)
 

@@ -6,8 +6,9 @@ speed hits all alike; all run through the same engine. `evaluate` gives the rows
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -18,11 +19,12 @@ from torch import Tensor
 
 from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
-from sstf.decode import CostModel, SpeculativeDecoder, measure_costs
+from sstf.decode import CostModel, DecodePolicy, SpeculativeDecoder, measure_costs
 from sstf.decode.adaptive import tree_policies
+from sstf.decode.limits import within
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
-from sstf.evaluation.limits import ORACLE_POSITIONS, Limits, Shape, limits, tree_oracles
+from sstf.evaluation.limits import Limits, Shape, limits, tree_oracles
 from sstf.evaluation.metrics import (
     ContextBin,
     Record,
@@ -36,7 +38,7 @@ from sstf.evaluation.metrics import (
     survival,
     tokens_per_second,
 )
-from sstf.evaluation.rejections import Explainer, Pass, Rejections, WatchedDrafter, distributions, watch
+from sstf.evaluation.rejections import Explainer, Pass, Rejections, WatchedDrafter, distributions, rejected, watch
 from sstf.evaluation.suites import Prompt, load_suite
 from sstf.methods import NgramConfig, build_method
 from sstf.methods.checkpoint import DraftHead
@@ -48,6 +50,7 @@ BROKEN_BELOW = 1.05  # an accepted length this near 1 means a broken head or exp
 REPETITIVE_ABOVE = 0.5
 ALL = "all"  # the category of the overall rows, and of prompts that name none
 WARM_UP = 8  # tokens that every arm decodes before the clock counts
+SAMPLE = 8  # prompts from which limits of drawn text are estimated, at most half of them
 
 
 @dataclass(frozen=True)
@@ -111,7 +114,7 @@ class Evaluation:
     limits: list[Limits]
     rejections: Rejections
     costs: dict[int, CostModel]
-    seconds: dict[str, float] = field(default_factory=dict)  # of wall clock: decoding, analysis, costs
+    seconds: dict[str, float] = field(default_factory=dict)  # of wall clock, see `Clock`
 
 
 @dataclass(frozen=True)
@@ -123,18 +126,38 @@ class Setting:
     prompts: list[Prompt]
     encoded: list[list[int]]
     arms: dict[str, SpeculativeDecoder]
-    trained: bool  # whether the policies draft with a head that was trained
+    policies: Mapping[str, DecodePolicy]  # of the arms that are no baseline
     seed: int
+
+    @property
+    def trained(self) -> set[str]:
+        """Arms that draft with a head that was trained."""
+        return {name for name in self.policies if (arm := self.arms.get(name)) and arm.head and arm.head.module}
 
     @property
     def shapes(self) -> dict[str, Shape]:
         """What each arm drafts at most."""
         known = {PLAIN: Shape(0, 0, True), NGRAM: Shape(self.config.ngram_depth, self.config.ngram_depth, True)}
-        for name, policy in self.config.policies.items():
+        for name, policy in self.policies.items():
             trees = tree_policies(policy)
             chain = all(isinstance(tree, Chain) and not tree.lookup for tree in trees)
             known[name] = Shape(policy.depth, max(tree.total_tokens for tree in trees), chain)
         return known
+
+
+class Clock:
+    """Seconds of wall clock by what they went into. All but `decoding` is overhead: `preparing` (the suite, and the
+    first tokens of every arm), `costs`, `analysis`."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("preparing", "costs", "decoding", "analysis"), 0.0)
+        self._last = time.perf_counter()
+
+    def spent_on(self, name: str) -> None:
+        """Everything since the last call."""
+        now = time.perf_counter()
+        self.seconds[name] += now - self._last
+        self._last = now
 
 
 Records = dict[str, list[Record]]  # of every arm, in the same order
@@ -149,9 +172,31 @@ def evaluate(
     Raises:
         DataError: the suite cannot be used, or its prompts do not fit the target's context.
     """
-    setting = _prepare(target, head, config, seed)
+    return _all_rows(_prepare(target, _one(head, config), config, seed), progress)
+
+
+def compare_heads(
+    target: Target, heads: Mapping[str, DraftHead], config: EvalConfig, progress: Progress, seed: int = 0
+) -> list[Row]:
+    """`evaluate` of several heads in one run, so that the machine's drift hits all alike. An arm is named
+    `head: policy`; a policy that a head's method cannot draft has no row.
+
+    Raises:
+        DataError: as `evaluate`.
+    """
+    arms = {
+        f"{name}: {policy}": (head, chosen)
+        for name, head in heads.items()
+        for policy, chosen in config.policies.items()
+        if within(head.method.limits, chosen) == chosen
+    }
+    return _all_rows(_prepare(target, arms, config, seed), progress)
+
+
+def _all_rows(setting: Setting, progress: Progress) -> list[Row]:
+    clock = Clock()
     rows = []
-    for temperature, records, _ in _decode(setting, progress):
+    for temperature, records, _ in _decode(setting, progress, clock):
         rows += _rows(setting, records, temperature, lambda prompt, _: prompt.category)
     return rows
 
@@ -164,7 +209,11 @@ def measure(
     Raises:
         DataError: as `evaluate`.
     """
-    setting = _prepare(target, head, config, seed)
+    clock = Clock()
+    setting = _prepare(target, _one(head, config), config, seed)
+    clock.spent_on("preparing")
+    costs = _costs(setting)
+    clock.spent_on("costs")
     rows: list[Row] = []
     by_mode: list[Row] = []
     by_length: list[Row] = []
@@ -173,12 +222,8 @@ def measure(
     bounds: list[Limits] = []
     drafts = _draft_vocabulary(head)
     explainer = Explainer(target, drafts)
-    decoding = analysis = 0.0
-    started = time.perf_counter()
     hosts: dict[str, float] = {}  # seconds a pass
-    for temperature, records, watched in _decode(setting, progress):
-        decoding += time.perf_counter() - started
-        started = time.perf_counter()
+    for temperature, records, watched in _decode(setting, progress, clock):
         rows += _rows(setting, records, temperature, lambda prompt, _: prompt.category)
         if len({prompt.mode for prompt in setting.prompts}) > 1:
             by_mode += _rows(setting, records, temperature, lambda prompt, _: prompt.mode or "default")
@@ -190,22 +235,31 @@ def measure(
             for arm, made in records.items()
             if arm != PLAIN
         ]
-        cap = _explain(setting, records, watched, temperature, explainer, drafts)
-        bounds += _limits(setting, records, temperature, cap)
+        _explain(setting, records, watched, explainer)
+        bounds += _limits(setting, records, temperature, drafts)
         for arm, made in records.items():
             passes = sum(len(r.accepted_lengths) for r in made)
             hosts.setdefault(arm, sum(r.host_s for r in made) / max(1, passes))
-        analysis += time.perf_counter() - started
-        started = time.perf_counter()
-    costs = _costs(setting, hosts)
-    seconds = {"decoding": decoding, "analysis": analysis, "costs": time.perf_counter() - started}
-    return Evaluation(rows, by_mode, by_length, figures, shapes, bounds, explainer.rejections(), costs, seconds)
+        clock.spent_on("analysis")
+    if costs:
+        own, plain = hosts[next(iter(config.policies))], hosts[PLAIN]
+        costs = {n: CostModel(c.verify_s, c.draft_s, max(0.0, own), max(0.0, plain)) for n, c in costs.items()}
+    found = explainer.rejections()
+    clock.spent_on("analysis")
+    return Evaluation(rows, by_mode, by_length, figures, shapes, bounds, found, costs, clock.seconds)
 
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def _prepare(target: Target, head: DraftHead | None, config: EvalConfig, seed: int) -> Setting:
+Arms = dict[str, tuple[DraftHead, DecodePolicy]]
+
+
+def _one(head: DraftHead | None, config: EvalConfig) -> Arms:
+    return {name: (head, policy) for name, policy in config.policies.items()} if head else {}
+
+
+def _prepare(target: Target, drafting: Arms, config: EvalConfig, seed: int) -> Setting:
     prompts = load_suite(config.suite, config.prompts, config.categories)
     encoded = [render_prompt(target.tokenizer, prompt.messages, mode=prompt.mode) for prompt in prompts]
     longest = max(len(ids) for ids in encoded) + config.max_new_tokens
@@ -219,20 +273,21 @@ def _prepare(target: Target, head: DraftHead | None, config: EvalConfig, seed: i
         PLAIN: SpeculativeDecoder(target, None),
         NGRAM: SpeculativeDecoder(target, ngram, Chain(depth=config.ngram_depth)),
     }
-    if head is not None:
-        arms |= {name: SpeculativeDecoder(target, head, policy) for name, policy in config.policies.items()}
-    trained = head is not None and head.module is not None
-    return Setting(target, config, prompts, encoded, arms, trained, seed)
+    arms |= {name: SpeculativeDecoder(target, head, policy) for name, (head, policy) in drafting.items()}
+    policies = {name: policy for name, (_, policy) in drafting.items()}
+    return Setting(target, config, prompts, encoded, arms, policies, seed)
 
 
-def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Records, Watched]]:
+def _decode(setting: Setting, progress: Progress, clock: Clock) -> Iterator[tuple[float, Records, Watched]]:
     """One temperature after the other. The passes of the first repeat of greedy decoding are watched."""
     config, arms = setting.config, setting.arms
     watching = {}
+    shortest = min(setting.encoded, key=len)
     for name, decoder in arms.items():
-        decoder.generate(setting.encoded[0], WARM_UP)  # first calls allocate and pick kernels
+        decoder.generate(shortest, WARM_UP)  # first calls allocate and pick kernels
         if decoder.drafter and name != NGRAM:
             decoder.drafter = watching[name] = WatchedDrafter(decoder.drafter)
+    clock.spent_on("preparing")
     total = len(config.temperatures) * config.repeats * len(setting.prompts)
     with progress.start("evaluation", total, "prompts") as bar:
         for temperature in config.temperatures:
@@ -246,6 +301,7 @@ def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Recor
                         if name in watched and repeat == 0:
                             watched[name].append([])
                             on_step = partial(watch, watching[name], watched[name][-1])
+                        clock.spent_on("analysis")
                         made = decoder.generate(
                             ids,
                             config.max_new_tokens,
@@ -254,6 +310,7 @@ def _decode(setting: Setting, progress: Progress) -> Iterator[tuple[float, Recor
                             seed=setting.seed + repeat * 7919 + index,
                             on_step=on_step,
                         )
+                        clock.spent_on("decoding")
                         t = made.timings
                         records[name].append(
                             Record(
@@ -297,7 +354,7 @@ def _rows(
 
 
 def _summarise(
-    records: Records, groups: Sequence[str], temperature: float, depths: dict[str, int], trained: bool
+    records: Records, groups: Sequence[str], temperature: float, depths: dict[str, int], trained: set[str]
 ) -> list[Row]:
     """`groups` has one name a prompt; the records go through them once a repeat."""
     rows = []
@@ -306,7 +363,7 @@ def _summarise(
             picked = [i for i in range(len(made)) if name in (ALL, groups[i % len(groups)])]
             plain = [records[PLAIN][i] for i in picked]
             row = _row(arm, temperature, name, [made[i] for i in picked], plain, depths[arm])
-            why = None if arm == PLAIN else _void(row, has_head=trained and arm != NGRAM)
+            why = None if arm == PLAIN else _void(row, has_head=arm in trained)
             rows.append(replace(row, void=why))
     return rows
 
@@ -401,40 +458,53 @@ def _draft_vocabulary(head: DraftHead | None) -> Tensor | None:
 
 
 @torch.inference_mode()
-def _explain(
-    setting: Setting,
-    records: Records,
-    watched: Watched,
-    temperature: float,
-    explainer: Explainer,
-    drafts: Tensor | None,
-) -> float | None:
-    """Explain the rejections of the first repeat; the share of the target's mass that the draft vocabulary holds."""
-    inside, count = 0.0, 0
+def _explain(setting: Setting, records: Records, watched: Watched, explainer: Explainer) -> None:
+    """Explain the rejections of the first repeat."""
     for index, (prompt, ids) in enumerate(zip(setting.prompts, setting.encoded, strict=True)):
-        plain = tuple(records[PLAIN][index].token_ids)
-        texts: dict[tuple[int, ...], list[str]] = {plain: []} if drafts is not None else {}
+        texts: dict[tuple[int, ...], list[str]] = {}
         for arm in watched:
             texts.setdefault(tuple(records[arm][index].token_ids), []).append(arm)
         for text, arms in texts.items():  # mostly one: greedy arms say the same
-            for first, rows in distributions(setting.target, ids, text):
-                if drafts is not None and text == plain:
-                    probs = warp(rows, temperature, setting.config.top_p)
-                    inside += float(probs[:, drafts].sum())
-                    count += len(rows)
+            wanted = sorted({r.row for arm in arms for r in rejected(watched[arm][index])})
+            for rows, logits in distributions(setting.target, ids, text, wanted):
                 for arm in arms:
-                    explainer.add(arm, prompt.id, prompt.category, ids, watched[arm][index], first, rows)
-    return inside / count if count else None
+                    explainer.add(arm, prompt.id, prompt.category, ids, watched[arm][index], rows, logits)
 
 
-def _limits(setting: Setting, records: Records, temperature: float, cap: float | None) -> list[Limits]:
+def _sample(setting: Setting) -> list[int]:
+    """Prompts that stand for all of them, spread over the suite."""
+    count = len(setting.prompts)
+    wanted = min(SAMPLE, math.ceil(count / 2))
+    return [number * count // wanted for number in range(wanted)]
+
+
+@torch.inference_mode()
+def _vocabulary_cap(setting: Setting, plain: Sequence[Record], temperature: float, drafts: Tensor) -> float:
+    """The share of the target's mass that the draft vocabulary `drafts` ([vocab] bool) holds, at the plain texts'
+    tokens. Greedy, a token has all of it; drawn text is looked at in a sample."""
+    if temperature == 0:
+        tokens = torch.tensor([token for r in plain[: len(setting.prompts)] for token in r.token_ids])
+        return float(drafts.cpu()[tokens].double().mean())
+    inside, count = 0.0, 0
+    for index in _sample(setting):
+        text = plain[index].token_ids
+        for _, logits in distributions(setting.target, setting.encoded[index], text, range(len(text))):
+            inside += float(warp(logits, temperature, setting.config.top_p)[:, drafts].sum())
+            count += len(logits)
+    return inside / count
+
+
+def _limits(setting: Setting, records: Records, temperature: float, drafts: Tensor | None) -> list[Limits]:
     shapes = {arm: setting.shapes[arm] for arm in records if arm not in (PLAIN, NGRAM)}
+    if not shapes:
+        return []
+    cap = None if drafts is None else _vocabulary_cap(setting, records[PLAIN], temperature, drafts)
     oracles = None
-    if temperature > 0 and shapes:
+    if temperature > 0:
         contexts = []
-        for index, ids in enumerate(setting.encoded[:ORACLE_POSITIONS]):
+        for index in _sample(setting):
             text = records[PLAIN][index].token_ids
-            contexts.append([*ids, *text[: 1 + len(text) // 2]])  # from the middle of the text
+            contexts.append([*setting.encoded[index], *text[: 1 + len(text) // 2]])  # from the middle of the text
         oracles = tree_oracles(setting.target, contexts, list(shapes.values()), temperature, setting.config.top_p)
     found = []
     for number, (arm, shape) in enumerate(shapes.items()):
@@ -444,13 +514,17 @@ def _limits(setting: Setting, records: Records, temperature: float, cap: float |
     return found
 
 
-def _costs(setting: Setting, hosts: dict[str, float]) -> dict[int, CostModel]:
-    """Passes of the first policy's arm at the configured batch sizes, host work as it was while decoding."""
-    arm = next(iter(setting.config.policies))
-    if arm not in setting.arms:
+def _costs(setting: Setting) -> dict[int, CostModel]:
+    """Of passes of the first policy's arm at the configured batch sizes, as large as any arm's. Every arm starts from
+    them, so that none measures again."""
+    arm = next(iter(setting.policies), None)
+    if arm is None:
         return {}
     decoder, costs = setting.arms[arm], {}
+    rows = 1 + max(shape.nodes for shape in setting.shapes.values())
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
-        found = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1)
-        costs[batch] = CostModel(found.verify_s, found.draft_s, max(0.0, hosts[arm]), max(0.0, hosts[PLAIN]))
+        costs[batch] = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows)
+    if 1 in costs:
+        for decoder in setting.arms.values():
+            decoder.experience.costs[1] = CostModel.from_json(costs[1].to_json())  # each learns on its own
     return costs

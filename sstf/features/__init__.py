@@ -4,6 +4,7 @@ from sstf.features.dataset import collate, epoch_batches, rows_ahead, split, to_
 from sstf.features.extract import WHOLE, ExtractConfig, Part, extract, own_target
 from sstf.features.online import OnlineFeatures
 from sstf.features.record import Features
+from sstf.features.selected import SelectedLayers
 from sstf.features.source import FeatureSource, prefetched
 from sstf.features.spec import FeatureSpec, HiddenSignal, TeacherSignal, TopKSignal
 from sstf.features.store import FeatureStore, Origin
@@ -21,6 +22,7 @@ __all__ = [
     "OnlineFeatures",
     "Origin",
     "Part",
+    "SelectedLayers",
     "TeacherSignal",
     "TopKSignal",
     "VerifyReport",

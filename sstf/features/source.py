@@ -3,11 +3,12 @@ difference."""
 
 from __future__ import annotations
 
-from collections import deque
+import atexit
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
-from typing import Any, Protocol, TypeVar
+from queue import SimpleQueue
+from threading import Thread, current_thread
+from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
@@ -66,14 +67,56 @@ def prefetched(load: Callable[[Key], Item], keys: Iterable[Key], ahead: int = 2)
     """`load(key)` for each key, in order; a thread loads up to `ahead` items before they are asked for.
 
     An error of `load` is raised where its item would have come. Closing the iterator ends the thread.
+
+    An iterator that is left half-way may be closed by the garbage collector, at any place and in any thread, one that
+    is just being started too. So its end takes no lock and waits for nobody: `SimpleQueue.put` may be called anywhere.
     """
-    with ThreadPoolExecutor(1, "prefetch") as pool:
-        left = iter(keys)
-        loading: deque[Future[Item]] = deque(pool.submit(load, key) for key in islice(left, ahead))
+    asked: SimpleQueue[tuple[Callable[[Key], Item], Key] | None] = SimpleQueue()  # None ends the thread
+    loaded: SimpleQueue[tuple[Item | None, BaseException | None]] = SimpleQueue()
+    left, waiting, closed = iter(keys), 0, [False]
+
+    def ask(count: int) -> int:
+        some = list(islice(left, count))
+        for key in some:
+            asked.put((load, key))
+        return len(some)
+
+    thread = Thread(target=_load_on_demand, args=(asked, loaded, closed), name="prefetch", daemon=True)
+    _LOADING[thread] = asked
+    thread.start()
+    try:
+        waiting = ask(ahead)
+        while waiting:
+            item, error = loaded.get()
+            if error is not None:
+                raise error
+            waiting += ask(1) - 1
+            yield cast(Item, item)
+        asked.put(None)
+        thread.join()
+    finally:
+        closed[0] = True
+        asked.put(None)
+
+
+def _load_on_demand(asked: SimpleQueue[Any], loaded: SimpleQueue[Any], closed: list[bool]) -> None:
+    """The thread. While it waits it holds nothing of who asks, or what was left would never become garbage."""
+    while (work := asked.get()) is not None and not closed[0]:
+        load, key = work
         try:
-            while loading:
-                item = loading.popleft().result()
-                loading.extend(pool.submit(load, key) for key in islice(left, 1))
-                yield item
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            loaded.put((load(key), None))
+        except BaseException as error:
+            loaded.put((None, error))
+        del work, load, key
+    _LOADING.pop(current_thread(), None)
+
+
+_LOADING: dict[Thread, SimpleQueue[Any]] = {}  # threads at work, and what they are asked for
+
+
+@atexit.register
+def _end_loading() -> None:
+    """A thread that the end of the process meets inside a kernel would abort it."""
+    for thread, asked in list(_LOADING.items()):
+        asked.put(None)
+        thread.join(timeout=10)

@@ -16,6 +16,7 @@ from sstf.targets import TargetSpec
 
 NAMES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
 FORMS: dict[Engine, str] = {"vllm": "eagle", "sglang": "eagle", "speculators": "speculators"}
+WHOSE = {"eagle": "EAGLE's", "speculators": "speculators'", "medusa": "Medusa's", "dflash": "DFlash's"}
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 
@@ -47,6 +48,7 @@ def features_of(config: Eagle3Config, target: TargetSpec, full_vocabulary: bool)
     layers = config.layers or usual_layers(target.num_layers)
     has = {
         "eagle3": True,
+        "several_layers": config.num_layers > 1,
         "full_vocabulary": full_vocabulary,
         "other_layers": tuple(layers) != usual_layers(target.num_layers),
         "other_layer_count": len(layers) != 3,
@@ -56,17 +58,18 @@ def features_of(config: Eagle3Config, target: TargetSpec, full_vocabulary: bool)
     return [name for name, there in has.items() if there]
 
 
-def needs(engine: Engine, wanted: Sequence[str]) -> list[str]:
+def needs(engine: Engine, wanted: Sequence[str], form: str | None = None) -> list[str]:
     """What users of an export have to know: versions, and what nobody tried here.
 
     Args:
         engine: that the export is for. speculators' form is also served by vLLM.
         wanted: what the engine has to be able to do, in the words of the table; the method itself first.
+        form: of the export, if not the usual one for EAGLE heads.
 
     Raises:
         ExportError: no version of the engine runs such a head.
     """
-    rows = [fact for fact in facts() if fact.form == FORMS[engine] and fact.feature in wanted]
+    rows = [fact for fact in facts() if fact.form == (form or FORMS[engine]) and fact.feature in wanted]
     sentences = []
     for one in dict.fromkeys([engine, *(fact.engine for fact in rows if fact.form == "speculators")]):
         own = [fact for fact in rows if fact.engine == one]
@@ -103,7 +106,7 @@ def table() -> str:
     for fact in facts():
         cells = (
             NAMES[fact.engine],
-            {"eagle": "EAGLE's", "speculators": "speculators'"}[fact.form],
+            WHOSE[fact.form],
             _data()["features"][fact.feature],
             fact.since or f"not up to {_data()['looked_at'][fact.engine]}",
             ", ".join(fact.tested) or "no",

@@ -17,12 +17,12 @@ from transformers import LlamaConfig
 
 from sstf.errors import HeadError
 from sstf.formats.files import Published
-from sstf.heads import EagleShape
+from sstf.heads import BlockShape, EagleShape
 from sstf.targets import TargetSpec
 from sstf.targets.spec import ROPE_TYPES, rope_scaling
 
 
-def layer_fields(shape: EagleShape, layers: int) -> dict[str, Any]:
+def layer_fields(shape: EagleShape | BlockShape, layers: int) -> dict[str, Any]:
     """A configuration's fields, but for rotary positions."""
     return {
         "model_type": "llama",
@@ -42,7 +42,7 @@ def layer_fields(shape: EagleShape, layers: int) -> dict[str, Any]:
     }
 
 
-def written_scaling(shape: EagleShape) -> dict[str, Any] | None:
+def written_scaling(shape: EagleShape | BlockShape) -> dict[str, Any] | None:
     """Of the rotary positions, where engines need to know it."""
     scaling = shape.rope_scaling
     return dict(scaling) if scaling and scaling["rope_type"] not in ("default", "dynamic") else None

@@ -46,7 +46,7 @@ def read_eagle3(head: Published, target: TargetSpec) -> StoredHead:
     Raises:
         HeadError: it cannot be used here, or is for a target of another shape.
     """
-    tensors = _named_as_ours(head)
+    tensors = named_as_ours(head)
     _check_kind(head, tensors)
     layers, why = read_layers(dict(head.config), target.num_layers)
     settings = _settings(head, layers, target)
@@ -68,13 +68,12 @@ def _check_kind(head: Published, tensors: dict[str, Tensor]) -> None:
     config = head.config
     if "fc.weight" not in tensors or not any(name.startswith("midlayer.") for name in tensors):
         raise HeadError(
-            f"it is no EAGLE-3 head ({head.known_by}); expected fc.weight and one decoder layer, midlayer or layers.0"
+            f"it is no EAGLE-3 head ({head.known_by}); expected fc.weight and a decoder layer, midlayer or layers.0"
         )
     eagle = config.get("eagle_config") or {}
     check_layers(
         head,
         {
-            "num_hidden_layers": head.fields.get("num_hidden_layers", 1) != 1,
             "parallel_drafting": bool(config.get("parallel_drafting")),
             "eagle_config.use_aux_hidden_state": eagle.get("use_aux_hidden_state", True) is not True,
         },
@@ -94,7 +93,8 @@ def tensor_shapes(shape: EagleShape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
 
 
-def _named_as_ours(head: Published) -> dict[str, Tensor]:
+def named_as_ours(head: Published) -> dict[str, Tensor]:
+    """Its tensors, by the names that heads here have, without those that do not belong to it."""
     named = {
         "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name: tensor
         for name, tensor in head.tensors.items()
@@ -110,6 +110,8 @@ def _settings(head: Published, layers: tuple[int, ...], target: TargetSpec) -> E
     flags: dict[str, Any] = {name: bool(eagle.get(name, head.config.get(name, False))) for name in FLAGS}
     size = head.config.get("draft_vocab_size") or target.vocab_size
     try:
-        return Eagle3Config.model_validate({"layers": layers, "draft_vocab_size": size} | chosen | flags)
+        count = head.fields.get("num_hidden_layers", 1)
+        own: dict[str, Any] = {"layers": layers, "draft_vocab_size": size, "num_layers": count}
+        return Eagle3Config.model_validate(own | chosen | flags)
     except ValidationError as error:
         raise HeadError(f"its config.json asks for what no head here can have: {error.errors()[0]['msg']}") from None

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sstf.config_loading import Section
 from sstf.errors import ExportError, HeadError
-from sstf.formats import eagle3
+from sstf.formats import block, dspark, eagle, eagle3, medusa, p_eagle
 from sstf.formats.family import Family, Order
 from sstf.formats.files import open_published
 from sstf.formats.layer_ids import Engine
@@ -17,7 +17,12 @@ from sstf.methods.checkpoint import DraftHead, StoredHead, for_decoding, read_he
 from sstf.targets import FrozenHead, Target, TargetSpec
 
 FAMILIES: dict[str, Family] = {
+    "dflash": block.DFLASH,
+    "dspark": dspark.FAMILY,
+    "eagle": eagle.FAMILY,
     "eagle3": eagle3.FAMILY,
+    "medusa": medusa.FAMILY,
+    "p_eagle": p_eagle.FAMILY,
 }
 
 

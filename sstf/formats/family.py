@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sstf.formats.files import Published
+import torch
+
+from sstf.errors import DamagedDataError, ExportError, HeadError
+from sstf.formats.files import Published, open_published
 from sstf.formats.layer_ids import Engine
+from sstf.formats.vocabulary_map import MAPS
 from sstf.methods.checkpoint import StoredHead
 from sstf.targets import FrozenHead, TargetSpec
 
@@ -42,3 +46,40 @@ class Family:
     vllm: Mapping[str, Any]
     with_target: tuple[Engine, ...] = ()
     sglang: str | None = None
+
+
+def check_read_back(
+    order: Order,
+    read: Callable[[Published, TargetSpec], StoredHead],
+    settings: Sequence[str],
+    maps: Sequence[str] = MAPS,
+) -> None:
+    """Read an export as anybody's head: it has to be the one that it was made from.
+
+    Args:
+        order: that was written.
+        read: of its family.
+        settings: of the method, which have to be the same; None is compared as it is read.
+        maps: tensors that are no weights, which are written as they are.
+
+    Raises:
+        ExportError: it is another one.
+    """
+    stored = order.stored
+    try:
+        back = read(open_published(order.folder), stored.target)
+    except (HeadError, DamagedDataError) as error:
+        raise ExportError(f"{order.folder}: what was written cannot be read back ({error}); please report it") from None
+    other = [
+        name
+        for name, tensor in stored.tensors.items()
+        if name not in back.tensors
+        or not torch.equal(back.tensors[name], tensor if name in maps else tensor.bfloat16().float())
+    ]
+    other += sorted(back.tensors.keys() - stored.tensors.keys())
+    theirs, ours = back.config.model_dump(), stored.config.model_dump()
+    other += [name for name in settings if theirs[name] != ours[name]]
+    if back.layers != stored.layers:
+        other.append(f"the layers, {list(back.layers)} in place of {list(stored.layers)}")
+    if other:
+        raise ExportError(f"{order.folder}: reads differently from the head in {', '.join(other)}; please report it")

@@ -1,4 +1,4 @@
-"""The EAGLE-3 draft head (arXiv 2503.01840, section 3): one decoder layer over fused target features.
+"""The EAGLE-3 draft head (arXiv 2503.01840, section 3): a decoder layer over fused target features.
 
     g_t   = fc([h_low; h_mid; h_high])                       3H -> H, at positions the target has seen
     a     = attention([input_layernorm(embed(x_{t+1})); hidden_norm(g_t)])      q, k, v read 2H
@@ -8,9 +8,11 @@
 
 Published heads vary it: `norm_before_residual` adds a to hidden_norm(g_t) in place of g_t; `norm_before_fc` norms what
 fc reads as a whole and `fc_norm` each layer's part of it; `norm_output` feeds norm(out_t) back. The last two are
-EAGLE-3.1. Names are those of vLLM's and speculators' configurations.
+EAGLE-3.1. Names are those of vLLM's and speculators' configurations. With `num_layers` above one, plain Llama layers
+over H follow, each reading the output of the one before.
 
-Module names are those of EAGLE's published checkpoints, so a state dict is the export.
+Module names are those of EAGLE's published checkpoints, so a state dict is the export; vLLM reads the layers as
+`midlayer`, `layers.1`, `layers.2` and so on.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sstf.heads.by_hand import Rms
+from sstf.heads.rollout import Attend, Rollout, attend, attend_reference
 from sstf.heads.rope import rope_frequencies
-from sstf.heads.ttt_attention import Seen, ttt_attention_reference
 from sstf.heads.unroll import UnrollPlan, UnrollStates, UnrollWeights, unroll, unroll_states
 
 T = TypeVar("T")
@@ -34,7 +36,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class EagleShape:
-    """Sizes of an EAGLE-3 head, and which variant it is; see the module docstring."""
+    """Sizes of an EAGLE head, and which variant it is; see the module docstring."""
 
     hidden_size: int
     taps: int  # size of the concatenated target features
@@ -52,6 +54,7 @@ class EagleShape:
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    num_layers: int = 1
 
 
 class RmsNorm(nn.RMSNorm):
@@ -66,19 +69,18 @@ class RmsNorm(nn.RMSNorm):
 
 
 class EagleAttention(nn.Module):
-    """Grouped-query attention with rotary positions (Llama's layout), reading 2H."""
+    """Grouped-query attention with rotary positions (Llama's layout), reading `width` numbers a row."""
 
-    def __init__(self, shape: EagleShape) -> None:
+    def __init__(self, shape: EagleShape, width: int) -> None:
         super().__init__()
         self.shape = shape
-        width = 2 * shape.hidden_size
         self.q_proj = nn.Linear(width, shape.num_heads * shape.head_dim, bias=False)
         self.k_proj = nn.Linear(width, shape.num_kv_heads * shape.head_dim, bias=False)
         self.v_proj = nn.Linear(width, shape.num_kv_heads * shape.head_dim, bias=False)
         self.o_proj = nn.Linear(shape.num_heads * shape.head_dim, shape.hidden_size, bias=False)
 
     def project(self, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated query and key, and value: [row, heads or kv_heads, head_dim] of x [row, 2 * hidden]."""
+        """Rotated query and key, and value: [row, heads or kv_heads, head_dim] of x [row, width]."""
 
         def heads(rows: Tensor) -> Tensor:
             return torch.unflatten(rows, -1, (-1, self.shape.head_dim))
@@ -108,7 +110,7 @@ class EagleMlp(nn.Module):
 
 
 class EagleLayer(nn.Module):
-    """The one decoder layer; attention itself is given by the caller (training unrolls, decoding caches)."""
+    """The first decoder layer; attention itself is given by the caller (training unrolls, decoding caches)."""
 
     def __init__(self, shape: EagleShape) -> None:
         super().__init__()
@@ -116,7 +118,7 @@ class EagleLayer(nn.Module):
         self.norm_before_residual = shape.norm_before_residual
         self.input_layernorm = RmsNorm(shape.hidden_size, eps)
         self.hidden_norm = RmsNorm(shape.hidden_size, eps)
-        self.self_attn = EagleAttention(shape)
+        self.self_attn = EagleAttention(shape, 2 * shape.hidden_size)
         self.post_attention_layernorm = RmsNorm(shape.hidden_size, eps)
         self.mlp = EagleMlp(shape)
 
@@ -131,12 +133,39 @@ class EagleLayer(nn.Module):
         return out
 
 
-class Eagle3Head(nn.Module):
-    """The head. The target's embeddings are frozen, shared, and not part of the state dict.
+class PlainLayer(nn.Module):
+    """Llama's decoder layer, with attention given by the caller as in `EagleLayer`. EAGLE-1's first one does not norm
+    what it reads (`input_norm` False)."""
+
+    def __init__(self, shape: EagleShape, input_norm: bool = True) -> None:
+        super().__init__()
+        eps = shape.rms_norm_eps
+        if input_norm:
+            self.input_layernorm = RmsNorm(shape.hidden_size, eps)
+        self.input_norm = input_norm
+        self.self_attn = EagleAttention(shape, shape.hidden_size)
+        self.post_attention_layernorm = RmsNorm(shape.hidden_size, eps)
+        self.mlp = EagleMlp(shape)
+
+    def qkv(self, embeds: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of x alone: the embeddings went in before."""
+        return self.self_attn.project(self.input_layernorm(x) if self.input_norm else x, cos, sin)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """Residuals and MLP behind the attention."""
+        r = x + self.self_attn.merge(attended)
+        out: Tensor = r + self.mlp(self.post_attention_layernorm(r))
+        return out
+
+
+class EagleModule(nn.Module):
+    """What every EAGLE head has. The target's embeddings are frozen, shared, and not part of the state dict.
 
     `d2t` [draft_vocab] int64 is an OFFSET map (target id = draft id + d2t[draft id]); `t2d` [vocab] bool marks the
     target ids that the draft vocabulary holds.
     """
+
+    fc: nn.Linear
 
     def __init__(self, shape: EagleShape, embeddings: Tensor, draft_tokens: Tensor) -> None:
         """Args:
@@ -149,15 +178,6 @@ class Eagle3Head(nn.Module):
         self.frequencies, self.rope_scale = rope_frequencies(
             shape.head_dim, shape.rope_theta, shape.rope_scaling, shape.max_position_embeddings
         )
-        if shape.norm_before_fc:
-            self.input_norm = RmsNorm(shape.taps, shape.rms_norm_eps)
-        if shape.fc_norm:
-            layers = shape.taps // shape.hidden_size
-            self.fc_norm = nn.ModuleList(RmsNorm(shape.hidden_size, shape.rms_norm_eps) for _ in range(layers))
-        self.fc = nn.Linear(shape.taps, shape.hidden_size, bias=False)
-        self.midlayer = EagleLayer(shape)
-        self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
-        self.lm_head = nn.Linear(shape.hidden_size, shape.draft_vocab_size, bias=False)
         self.register_buffer("embeddings", embeddings, persistent=False)
         self.register_buffer("d2t", draft_tokens - torch.arange(len(draft_tokens), device=draft_tokens.device))
         t2d = torch.zeros(shape.vocab_size, dtype=torch.bool, device=draft_tokens.device)
@@ -182,6 +202,29 @@ class Eagle3Head(nn.Module):
         angles = positions[..., None, None].float() * self.frequencies.to(positions.device)
         cos, sin = angles.cos(), angles.sin()
         return (cos, sin) if self.rope_scale == 1 else (cos * self.rope_scale, sin * self.rope_scale)
+
+
+class Eagle3Head(EagleModule):
+    """The head."""
+
+    def __init__(self, shape: EagleShape, embeddings: Tensor, draft_tokens: Tensor) -> None:
+        """See `EagleModule`."""
+        super().__init__(shape, embeddings, draft_tokens)
+        if shape.norm_before_fc:
+            self.input_norm = RmsNorm(shape.taps, shape.rms_norm_eps)
+        if shape.fc_norm:
+            layers = shape.taps // shape.hidden_size
+            self.fc_norm = nn.ModuleList(RmsNorm(shape.hidden_size, shape.rms_norm_eps) for _ in range(layers))
+        self.fc = nn.Linear(shape.taps, shape.hidden_size, bias=False)
+        self.midlayer = EagleLayer(shape)
+        self.layers = nn.ModuleDict({str(i): PlainLayer(shape) for i in range(1, shape.num_layers)})
+        self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
+        self.lm_head = nn.Linear(shape.hidden_size, shape.draft_vocab_size, bias=False)
+
+    @property
+    def later_layers(self) -> list[PlainLayer]:
+        """Those above the first."""
+        return [layer for layer in self.layers.values() if isinstance(layer, PlainLayer)]
 
     def fuse(self, features: Float[Tensor, "*rows taps"]) -> Float[Tensor, "*rows hidden"]:
         """g of positions whose features the target computed, in the dtype of the head."""
@@ -218,10 +261,13 @@ class Eagle3Head(nn.Module):
         Returns:
             `out` of each step, before the final norm. Its graph can be walked once.
         """
+        if self.shape.num_layers > 1:
+            return self._by_autograd(attend, g, tokens, lengths, reads)
         return self._unrolled(unroll, g, tokens, lengths, reads)
 
     def unroll_states(self, g: Tensor, tokens: Tensor, lengths: Sequence[int], reads: Tensor) -> UnrollStates:
-        """`unroll`, with what stands between attention and MLP; without a graph."""
+        """`unroll` of a head of one layer, with what stands between attention and MLP; without a graph."""
+        assert self.shape.num_layers == 1
         return self._unrolled(unroll_states, g, tokens, lengths, reads)
 
     def _unrolled(
@@ -257,22 +303,15 @@ class Eagle3Head(nn.Module):
 
     def unroll_reference(self, g: Tensor, tokens: Tensor, lengths: Sequence[int], reads: Tensor) -> Tensor:
         """`unroll` by its definition, differentiated by autograd; memory grows with the square of `seq`."""
-        rows = reads[0]
-        position = positions_of(lengths, g.device)
-        query, key, value = self.midlayer.qkv(self.embed(tokens), g, *self.rope(position))
-        query, g = query[rows], g[rows]
-        later: list[tuple[Tensor, Tensor]] = []  # key and value of steps 1, 2, ..
-        outs = []
-        for step in range(len(reads)):
-            if step:
-                turn = self.rope(position[rows] + step)
-                query, *key_value = self.midlayer.qkv(self.embed(tokens[reads[step]]), g, *turn)
-                later.append((key_value[0], key_value[1]))
-            none = key.new_empty(len(rows), key.shape[1], 0, key.shape[2])
-            later_keys, later_values = [torch.stack(part, 2) for part in zip(*later, strict=True)] or [none, none]
-            seen = Seen(key, value, later_keys, later_values)
-            outs.append(self.midlayer.finish(g, ttt_attention_reference(query, seen, rows, lengths)))
-            g = self.fed_back(outs[-1])
+        return self._by_autograd(attend_reference, g, tokens, lengths, reads)
+
+    def _by_autograd(self, how: Attend, g: Tensor, tokens: Tensor, lengths: Sequence[int], reads: Tensor) -> Tensor:
+        rows, position = reads[0], positions_of(lengths, g.device)
+        rollout = Rollout([self.midlayer, *self.later_layers], rows, lengths, how)
+        outs = [rollout.start(self.embed(tokens).to(g.dtype), g, *self.rope(position))]
+        for step, read in enumerate(reads[1:], start=1):
+            embeds = self.embed(tokens[read]).to(g.dtype)
+            outs.append(rollout.step(embeds, self.fed_back(outs[-1]), *self.rope(position[rows] + step)))
         return torch.stack(outs)
 
     def logits(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows draft_vocab"]:

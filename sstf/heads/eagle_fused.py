@@ -1,4 +1,4 @@
-"""The EAGLE-3 head in the form that drafts: the same arithmetic as `eagle.py` in fewer and larger operations.
+"""EAGLE heads in the form that drafts: the same arithmetic as `eagle.py` in fewer and larger operations.
 
 Query, key and value are one matrix product, gate and up another; rotary tables are made once; grouped heads go to
 the attention kernel as they are. A draft pass is short, so every operation saved counts.
@@ -6,34 +6,85 @@ the attention kernel as they are. A draft pass is short, so every operation save
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sstf.heads.eagle import Eagle3Head, rotate
+from sstf.heads.eagle import Eagle3Head, EagleLayer, EagleModule, PlainLayer, rotate
 from sstf.targets import PreallocatedCache
 
 
-class FusedEagle:
-    """Inference over a head's weights as they are now; a head that is trained further needs a new one."""
+class FusedLayers:
+    """Inference over the weights of decoder layers as they are now; a head that is trained further needs a new one."""
 
-    def __init__(self, head: Eagle3Head) -> None:
-        layer, attention, mlp = head.midlayer, head.midlayer.self_attn, head.midlayer.mlp
-        self.head = head
-        self.qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]).detach()
-        self.gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight]).detach()
-        self.norms = tuple(
-            norm.weight.detach()
-            for norm in (layer.input_layernorm, layer.hidden_norm, layer.post_attention_layernorm, head.norm)
-            if norm.weight is not None
-        )
+    def __init__(self, head: EagleModule, layers: Sequence[EagleLayer | PlainLayer]) -> None:
+        def joined(names: Sequence[str]) -> list[Tensor]:
+            weights = [dict(layer.named_parameters()) for layer in layers]
+            return [torch.cat([of[f"{name}_proj.weight"] for name in names]).detach() for of in weights]
+
+        self.shape, self.rope = head.shape, head.rope
+        self.layers = layers
+        self.qkv = joined(["self_attn.q", "self_attn.k", "self_attn.v"])
+        self.gate_up = joined(["mlp.gate", "mlp.up"])
         self.cos = self.sin = torch.empty(0)
 
     def make_rope(self, capacity: int) -> None:
         """Rotary tables for positions below `capacity`."""
-        positions = torch.arange(capacity, device=self.qkv.device)
-        self.cos, self.sin = self.head.rope(positions)
+        positions = torch.arange(capacity, device=self.qkv[0].device)
+        self.cos, self.sin = self.rope(positions)
+
+    def attention(
+        self,
+        index: int,
+        x: Float[Tensor, "batch seq width"],
+        residual: Float[Tensor, "batch seq hidden"],
+        positions: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq visible"],
+        cache: PreallocatedCache,
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """The first half of a layer that reads x: what its MLP reads and adds to."""
+        shape = self.shape
+        query_key = shape.num_heads + shape.num_kv_heads
+        qkv = torch.unflatten(F.linear(x, self.qkv[index]), -1, (-1, shape.head_dim))  # [batch, seq, all heads, dim]
+        turned = rotate(qkv[:, :, :query_key], self.cos[positions], self.sin[positions]).transpose(1, 2)
+        keys, values = cache.update(turned[:, shape.num_heads :], qkv[:, :, query_key:].transpose(1, 2), index)
+        attended = F.scaled_dot_product_attention(
+            turned[:, : shape.num_heads], keys, values, attn_mask=mask[:, None], enable_gqa=True
+        )
+        return residual + F.linear(attended.transpose(1, 2).flatten(2), self.layers[index].self_attn.o_proj.weight)
+
+    def finish(self, r: Float[Tensor, "batch seq hidden"], index: int = 0) -> Float[Tensor, "batch seq hidden"]:
+        """The second half: the MLP and its residual."""
+        layer = self.layers[index]
+        gate, up = F.linear(self._normed(r, layer.post_attention_layernorm), self.gate_up[index]).chunk(2, -1)
+        return r + F.linear(F.silu(gate) * up, layer.mlp.down_proj.weight)
+
+    def plain(
+        self, index: int, x: Tensor, positions: Tensor, mask: Tensor, cache: PreallocatedCache
+    ) -> Float[Tensor, "batch seq hidden"]:
+        """A whole `PlainLayer`."""
+        layer = self.layers[index]
+        assert isinstance(layer, PlainLayer)
+        normed = self._normed(x, layer.input_layernorm) if layer.input_norm else x
+        return self.finish(self.attention(index, normed, x, positions, mask, cache), index)
+
+    def _normed(self, x: Tensor, norm: torch.nn.RMSNorm) -> Tensor:
+        assert norm.weight is not None
+        return self._norm(x, norm.weight)
+
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        return F.rms_norm(x, weight.shape, weight, self.shape.rms_norm_eps)
+
+
+class FusedEagle(FusedLayers):
+    """An EAGLE-3 head."""
+
+    def __init__(self, head: Eagle3Head) -> None:
+        super().__init__(head, [head.midlayer, *head.later_layers])
+        self.head = head
 
     def fuse(self, features: Float[Tensor, "batch seq taps"]) -> Float[Tensor, "batch seq hidden"]:
         """See `Eagle3Head.fuse`."""
@@ -41,7 +92,7 @@ class FusedEagle:
 
     def fed_back(self, out: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
         """See `Eagle3Head.fed_back`."""
-        return self._norm(out, self.norms[3]) if self.head.shape.norm_output else out
+        return self._normed(out, self.head.norm) if self.shape.norm_output else out
 
     def __call__(
         self,
@@ -51,33 +102,19 @@ class FusedEagle:
         mask: Bool[Tensor, "batch seq visible"],
         cache: PreallocatedCache,
     ) -> Float[Tensor, "batch seq hidden"]:
-        """The layer's output; keys and values go where `cache` was told to put them."""
-        return self.finish(self.attend(g, tokens, positions, mask, cache))
+        """The last layer's output; keys and values go where `cache` was told to put them."""
+        out = self.finish(self.attend(g, tokens, positions, mask, cache))
+        for index in range(1, len(self.layers)):
+            out = self.plain(index, out, positions, mask, cache)
+        return out
 
     def attend(self, g: Tensor, tokens: Tensor, positions: Tensor, mask: Tensor, cache: PreallocatedCache) -> Tensor:
-        """The first half: the residual and what attention adds to it, which is what the MLP reads and adds to."""
-        head, shape = self.head, self.head.shape
-        in_norm, hidden_norm, *_ = self.norms
-        query_key = shape.num_heads + shape.num_kv_heads
-        normed = self._norm(g, hidden_norm)
-        x = torch.cat([self._norm(head.embed(tokens), in_norm), normed], -1)
-        qkv = torch.unflatten(F.linear(x, self.qkv), -1, (-1, shape.head_dim))  # [batch, seq, all heads, dim]
-        turned = rotate(qkv[:, :, :query_key], self.cos[positions], self.sin[positions]).transpose(1, 2)
-        keys, values = cache.update(turned[:, shape.num_heads :], qkv[:, :, query_key:].transpose(1, 2), 0)
-        attended = F.scaled_dot_product_attention(
-            turned[:, : shape.num_heads], keys, values, attn_mask=mask[:, None], enable_gqa=True
-        )
-        residual = normed if shape.norm_before_residual else g
-        return residual + F.linear(attended.transpose(1, 2).flatten(2), head.midlayer.self_attn.o_proj.weight)
-
-    def finish(self, r: Float[Tensor, "batch seq hidden"]) -> Float[Tensor, "batch seq hidden"]:
-        """The second half: the MLP and its residual."""
-        gate, up = F.linear(self._norm(r, self.norms[2]), self.gate_up).chunk(2, -1)
-        return r + F.linear(F.silu(gate) * up, self.head.midlayer.mlp.down_proj.weight)
+        """The first half of the first layer: the residual and what attention adds to it."""
+        layer = self.head.midlayer
+        normed = self._normed(g, layer.hidden_norm)
+        x = torch.cat([self._normed(self.head.embed(tokens), layer.input_layernorm), normed], -1)
+        return self.attention(0, x, normed if self.shape.norm_before_residual else g, positions, mask, cache)
 
     def logits(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows draft_vocab"]:
         """Draft logits of layer outputs."""
-        return F.linear(self._norm(out, self.norms[3]), self.head.lm_head.weight)
-
-    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
-        return F.rms_norm(x, weight.shape, weight, self.head.shape.rms_norm_eps)
+        return F.linear(self._normed(out, self.head.norm), self.head.lm_head.weight)

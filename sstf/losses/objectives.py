@@ -107,4 +107,24 @@ class LkHybrid(_Loss):
         return share, share - 1
 
 
-Objective = Annotated[Kl | CrossEntropy | TotalVariation | LkAlpha | LkHybrid, Field(discriminator="kind")]
+class Mixed(_Loss):
+    """ce * cross entropy + l1 * ||draft_probs - target_probs||_1 (DSpark, arXiv 2607.05147).
+
+    Over the whole vocabulary the distance is 2 (1 - alpha), whatever the draft vocabulary leaves out.
+    """
+
+    kind: Literal["mixed"] = "mixed"
+    hard: ClassVar[bool] = True
+    ce: float = Field(default=0.1, ge=0)
+    l1: float = Field(default=0.9, ge=0)
+
+    def losses(self, divergence: Tensor, overlap: Tensor) -> Tensor:
+        """See `_Loss.losses`."""
+        return self.ce * divergence + 2 * self.l1 * (1 - overlap)
+
+    def slopes(self, overlap: Tensor) -> tuple[Tensor, Tensor]:
+        """See `_Loss.slopes`."""
+        return torch.full_like(overlap, self.ce), torch.full_like(overlap, -2 * self.l1)
+
+
+Objective = Annotated[Kl | CrossEntropy | TotalVariation | LkAlpha | LkHybrid | Mixed, Field(discriminator="kind")]

@@ -61,7 +61,8 @@ def save_head(folder: Path, config: Any, module: nn.Module, target: TargetSpec, 
 class StoredHead:
     """A head as it lies on disk, not yet bound to a target.
 
-    `embeddings` are those that a published checkpoint came with; heads use the target's.
+    `embeddings` [vocab, hidden] and `lm_head` [draft_vocab, hidden] are those of the target that a published checkpoint
+    came with; heads use the target's.
     """
 
     config: Any
@@ -70,6 +71,7 @@ class StoredHead:
     target: TargetSpec
     run: dict[str, Any]
     embeddings: Tensor | None = None
+    lm_head: Tensor | None = None
 
 
 def read_head(folder: str | Path) -> StoredHead:
@@ -136,25 +138,30 @@ def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
 
 
 def check_embeddings(stored: StoredHead, frozen: FrozenHead) -> None:
-    """Whether the embeddings that a head came with are the target's, but for rounding.
+    """Whether the embeddings, and the rows of lm_head, that a head came with are the target's, but for rounding.
 
     Raises:
         HeadError: they are not.
     """
-    if stored.embeddings is None:
-        return
-    theirs, ours = stored.embeddings, frozen.embeddings
+    if stored.embeddings is not None:
+        _check_rows("embeddings", stored.embeddings, frozen.embeddings, stored.target)
+    if stored.lm_head is not None:
+        ids = stored.tensors["d2t"] + torch.arange(len(stored.tensors["d2t"]))
+        _check_rows("an lm_head", stored.lm_head, frozen.lm_head[ids.to(frozen.lm_head.device)], stored.target)
+
+
+def _check_rows(what: str, theirs: Tensor, ours: Tensor, target: TargetSpec) -> None:
     if theirs.shape != ours.shape:
-        raise HeadError(f"the head's embeddings are {list(theirs.shape)}, the target's {list(ours.shape)}")
+        raise HeadError(f"the head came with {what} of shape {list(theirs.shape)}, the target's is {list(ours.shape)}")
     other = sum(
         int(((a.float() - b.float().cpu()).abs() > ROUNDING * b.float().cpu().abs() + 1e-6).any(-1).sum())
         for a, b in zip(theirs.split(8192), ours.split(8192), strict=True)
     )
     if other:
         raise HeadError(
-            f"the head came with embeddings of its own: {other:,} of {len(ours):,} tokens have others than in target "
-            f"{stored.target.name}; heads here use the target's, so name the target that it was trained for, or train "
-            "it further elsewhere without embeddings of its own"
+            f"the head came with {what} of its own: {other:,} of {len(ours):,} tokens have others than in target "
+            f"{target.name}; heads here use the target's, so name the target that it was trained for, or train it "
+            f"further elsewhere without {what} of its own"
         )
 
 

@@ -1,4 +1,4 @@
-"""EAGLE-3 (arXiv 2503.01840): a one-layer head over three target layers, trained by test-time training.
+"""EAGLE-3 (arXiv 2503.01840): a head over three target layers, trained by test-time training.
 
 Loss: sum_i decay^i * objective(target over the draft vocabulary, draft at step i), over the positions whose supervised
 token was written by the assistant and whose teacher's argmax the draft vocabulary holds. The paper's objective is KL.
@@ -6,36 +6,31 @@ token was written by the assistant and whose teacher's argmax the draft vocabula
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.utils.rnn import pad_sequence
 
 from sstf.config_loading import Section
-from sstf.errors import ConfigError
-from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
-from sstf.losses import CHUNK, Kl, Objective, Teacher, Teachers, fused_distill, teacher, top_k_teacher
-from sstf.methods.base import DraftLimits, News
-from sstf.row_blocks import filled, missing
-from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
-from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
+from sstf.losses import CHUNK, Kl, Objective, fused_distill
+from sstf.methods.base import DraftLimits
+from sstf.methods.cached_drafter import FeedbackDrafter
+from sstf.methods.eagle3_parts import fused_layers, initialise
+from sstf.methods.supervision import in_blocks, outcome, rows_in_blocks, supervise, teachers_over
+from sstf.targets import FrozenHead, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
-from sstf.trees import AnyTree, DraftContext, behind, grow
-from sstf.types import DraftTree, FeatureBatch, HiddenTeacher, StepOutput, TeacherRows
+from sstf.types import FeatureBatch, StepOutput
 
 
 class Eagle3Config(Section):
     """`layers` are 0-based layer outputs; None takes the paper's {1, L//2 - 1, L - 4}.
 
-    `init` `target` starts the decoder layer, the norms and the draft logits from the target's last layer, final
-    norm and lm_head; `random` does so for the lm_head only. `objective` is what each drafted token is trained for.
+    `init` `target` starts the first decoder layer, the norms and the draft logits from the target's last layer, final
+    norm and lm_head, and later layers so that they change nothing yet; `random` does so for the lm_head and the last
+    norm only. `objective` is what each drafted token is trained for.
 
     What follows shapes the head: None is as in the target, and the norms are described in `heads/eagle.py`. Heads that
     others published differ here.
@@ -60,6 +55,7 @@ class Eagle3Config(Section):
     norm_before_fc: bool = False
     fc_norm: bool = False
     norm_output: bool = False
+    num_layers: int = Field(default=1, ge=1, le=16)
 
     @model_validator(mode="after")
     def _consistent(self) -> Eagle3Config:
@@ -76,6 +72,8 @@ class Eagle3Config(Section):
     def _set_shape_only(self, dump: SerializerFunctionWrapHandler) -> dict[str, Any]:
         """A shape that is left as it is is not written: what is keyed by a configuration keeps its key."""
         fields: dict[str, Any] = dump(self)
+        if self.num_layers == 1:
+            fields.pop("num_layers", None)  # a part of the fields may be asked for
         return {name: value for name, value in fields.items() if name not in SHAPE_FIELDS or value not in (None, False)}
 
 
@@ -113,7 +111,7 @@ class Eagle3Method:
 
     @property
     def unrolls(self) -> int:
-        """Each step runs the layer."""
+        """Each step runs the layers."""
         return self.config.ttt_steps
 
     @property
@@ -128,14 +126,7 @@ class Eagle3Method:
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""
-        count = target.num_layers
-        layers = self.config.layers or (1, count // 2 - 1, count - 4)
-        if len(set(layers)) != len(layers) or not all(0 <= layer < count for layer in layers):
-            raise ConfigError(
-                f"method.layers: target {target.name} has layers 0 to {count - 1}, cannot read {list(layers)}; "
-                "name different layers in that range"
-            )
-        return FeatureSpec(tuple(sorted(layers)))
+        return fused_layers(self.config.layers, target)
 
     def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
         """Of the head for a target."""
@@ -157,249 +148,37 @@ class Eagle3Method:
             norm_before_fc=config.norm_before_fc,
             fc_norm=config.fc_norm,
             norm_output=config.norm_output,
+            num_layers=config.num_layers,
         )
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> Eagle3Head:
         """A new head; lm_head rows come from the target's."""
         head = Eagle3Head(self.shape(target, len(draft_tokens)), frozen.embeddings, draft_tokens)
-        with torch.no_grad():
-            for parameter in head.parameters():
-                if parameter.ndim == 2:
-                    nn.init.normal_(parameter, std=0.02)
-            head.lm_head.weight.copy_(frozen.lm_head[draft_tokens])
-            head.norm.weight.copy_(frozen.final_norm)
-            if self.config.init == "target":
-                _start_from_last_layer(head, frozen.last_layer)
+        initialise(head, frozen, self.config.init)
         return head
 
     def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
         """Test-time-training loss of one batch; see the module docstring."""
         assert isinstance(head, Eagle3Head)
-        batch = _in_blocks(batch)
+        batch = in_blocks(batch)
         steps = self.config.ttt_steps
-        ahead, there = rows_ahead(batch.lengths, steps, batch.loss_mask.device)  # [steps, seq]
-        supervised = batch.loss_mask & head.t2d[batch.teacher_token.clamp_min(0)]
-        valid = there & supervised[ahead]
-        rows = _rows_in_blocks(valid.any(0))  # what no step learns from is not computed
-        outs = head.unroll(head.fuse(batch.features), batch.input_ids, batch.lengths, ahead[:, rows])
-        counts = valid.sum(-1)
-        weights = self.config.ttt_decay ** torch.arange(steps, device=counts.device)
+        taught = supervise(batch, steps, head.t2d)
+        valid = taught.valid
+        rows = rows_in_blocks(valid.any(0))  # what no step learns from is not computed
+        outs = head.unroll(head.fuse(batch.features), batch.input_ids, batch.lengths, taught.ahead[:, rows])
+        weights = self.config.ttt_decay ** torch.arange(steps, device=valid.device)
         result = fused_distill(
             head.norm(outs[valid[:, rows]]),
             head.lm_head.weight,
-            _teachers_over(head.draft_tokens, batch.teacher, supervised[batch.loss_mask], frozen),
-            (supervised.cumsum(0) - 1)[ahead[valid]],
-            weights.repeat_interleave(counts),
+            teachers_over(head.draft_tokens, batch.teacher, taught.supervised[batch.loss_mask], frozen),
+            taught.teacher_rows,
+            weights.repeat_interleave(valid.sum(-1)),
             self.config.objective,
             self.loss_rows,
         )
-        hits = torch.zeros_like(valid)
-        hits[valid] = head.draft_tokens[result.draft_token] == batch.teacher_token[ahead[valid]]
-        # Anchors whose whole chain lies in supervised text; a token outside the draft vocabulary is a miss.
-        whole = (there & batch.loss_mask[ahead]).all(0)
-        lengths = counts.tolist()
-        return StepOutput(
-            loss=result.loss_sum,
-            valid=counts.float(),
-            losses=torch.stack([part.sum() for part in result.losses.split(lengths)]),
-            hits=hits.sum(-1).float(),
-            overlap=torch.stack([part.sum() for part in result.overlap.split(lengths)]),
-            chain_hits=hits[:, whole],
-        )
+        return outcome(batch, taught, result, head.draft_tokens)
 
-    def drafter(self, head: nn.Module | None, device: torch.device) -> Eagle3Drafter:
+    def drafter(self, head: nn.Module | None, device: torch.device) -> FeedbackDrafter:
         """A drafter with the fused form of the head."""
         assert isinstance(head, Eagle3Head)
-        return Eagle3Drafter(head)
-
-
-def _in_blocks(batch: FeatureBatch) -> FeatureBatch:
-    """With a document behind the others that teaches nothing, so that the rows are whole blocks (`row_blocks`)."""
-    lacking = missing(len(batch.input_ids), batch.input_ids.device)
-    if not lacking:
-        return batch
-    return dataclasses.replace(
-        batch,
-        features=filled(batch.features),
-        input_ids=filled(batch.input_ids),
-        teacher_token=filled(batch.teacher_token),
-        labels=filled(batch.labels),
-        loss_mask=filled(batch.loss_mask),
-        lengths=(*batch.lengths, lacking),
-    )
-
-
-def _rows_in_blocks(taught: Tensor) -> Tensor:
-    """Places of the rows that are True, and of as many others as their blocks have room for; ascending."""
-    lacking = missing(int(taught.sum()), taught.device)
-    return torch.cat([taught.nonzero()[:, 0], (~taught).nonzero()[:lacking, 0]]).sort().values
-
-
-def _teachers_over(draft_tokens: Tensor, given: TeacherRows, rows: Tensor, frozen: FrozenHead) -> Teachers:
-    """Makes the target's distributions over the draft vocabulary, of the teacher's rows where `rows` [row] is True."""
-    if isinstance(given, HiddenTeacher):
-        hidden, lse = given.hidden[rows], given.lse[rows]
-        small = dataclasses.replace(frozen, lm_head=frozen.lm_head[draft_tokens])  # gathered once for all chunks
-
-        def exact(some: slice) -> Teacher:
-            logits = small.native_logits(filled(hidden[some]))
-            return teacher(logits[: some.stop - some.start], lse[some])
-
-        return exact
-    tokens, log_probs = given.tokens[rows], given.log_probs[rows]
-
-    def top_k(some: slice) -> Teacher:
-        return top_k_teacher(tokens[some], log_probs[some], draft_tokens, len(frozen.lm_head))
-
-    return top_k
-
-
-def _start_from_last_layer(head: Eagle3Head, layer: dict[str, Tensor]) -> None:
-    """Copy the target's last decoder layer: fc passes the highest tap on, attention reads the feature half
-    as the target's layer reads its input (the embedding half starts at random).
-
-    A parameter that the layer lacks, or that has another shape (a target that is not Llama-like), keeps its random
-    start. So the head begins as a rough early exit of the target, not as noise.
-    """
-    hidden = head.shape.hidden_size
-    head.fc.weight.zero_()
-    head.fc.weight[:, -hidden:] = torch.eye(hidden)
-    names = dict(head.midlayer.named_parameters())
-    renamed = {"hidden_norm.weight": "input_layernorm.weight"}
-    for name, parameter in names.items():
-        source = layer.get(renamed.get(name, name))
-        if source is None or name == "input_layernorm.weight":
-            continue
-        if name.split(".")[-2] in ("q_proj", "k_proj", "v_proj"):
-            if source.shape == (parameter.shape[0], hidden):
-                parameter[:, hidden:] = source
-        elif source.shape == parameter.shape:
-            parameter.copy_(source)
-
-
-class Eagle3Drafter:
-    """Drafts with the fused form of the head. Its cache holds, for each slot, the positions whose features the target
-    computed, and behind them the nodes of the tree being drafted."""
-
-    def __init__(self, head: Eagle3Head) -> None:
-        self.step = FusedEagle(head)
-        self.draft_tokens = head.draft_tokens
-        self.lengths: list[int] = []
-        self.levels = 0
-        self.cache: PreallocatedCache
-        device = self.draft_tokens.device
-        self.graphs = GraphRunner(device) if device.type == "cuda" else None
-
-    def start(self, slots: int, capacity: int) -> None:
-        """See `Drafter.start`. A cache that is large enough stays, and with it the graphs over its memory."""
-        fits = len(self.lengths) == slots and self.cache.capacity >= capacity
-        self.lengths = [0] * slots
-        if not fits:
-            capacity = -(-capacity // 256) * 256
-            self.cache = PreallocatedCache(("attention",), slots, capacity)
-            self.step.make_rope(capacity)
-            if self.graphs:
-                self.graphs = GraphRunner(self.draft_tokens.device)
-
-    def restart(self, slot: int) -> None:
-        """See `Drafter.restart`."""
-        self.lengths[slot] = 0
-
-    @torch.inference_mode()
-    def propose(self, news: Sequence[News], policy: AnyTree, context: DraftContext) -> list[DraftTree]:
-        """See `Drafter.propose`."""
-        slots = [one.slot for one in news]
-        last = self._take_in(news, slots)  # [batch, nodes of the last level, hidden]
-        past = [self.lengths[slot] for slot in slots]
-        batch, device = len(slots), last.device
-        level = nodes = 0
-        tail = torch.zeros(batch, 1, 0, dtype=torch.bool, device=device)  # ancestors of the last level's nodes
-
-        def expand(parents: Tensor, draft_ids: Tensor) -> Tensor:
-            nonlocal last, tail, level, nodes
-            width = parents.shape[1]
-            own = torch.eye(width, dtype=torch.bool, device=device).expand(batch, -1, -1)
-            tail = torch.cat([_pick(tail, parents), own], -1)
-            at = torch.tensor([[length + level] for length in past], device=device).expand(-1, width)
-            fed_back = self.step.fed_back(_pick(last, parents))
-            last = self._forward(
-                slots, fed_back, self.draft_tokens[draft_ids], at, [length + nodes for length in past],
-                behind(tail, past, max(past) + nodes + width),
-            )  # fmt: skip
-            level, nodes = level + 1, nodes + width
-            return self.step.logits(last)
-
-        trees = grow(policy, context, self.step.logits(last[:, 0]), expand, self.draft_tokens)
-        self.levels = level + 1
-        return trees
-
-    def _take_in(self, news: Sequence[News], slots: list[int]) -> Tensor:
-        """Run the head over what was emitted; its output at the last token of each sequence, [batch, 1, hidden]."""
-        new = [i for i, slot in enumerate(slots) if self.lengths[slot] == 0]
-        if not new or len(slots) == 1:
-            return self._take_in_together(news, slots)
-        # A prompt is much longer than what a pass emits: each on its own, not everything padded to it.
-        groups = [[i] for i in new]
-        groups += [others] if (others := [i for i in range(len(slots)) if i not in new]) else []
-        parts = [self._take_in_together([news[i] for i in group], [slots[i] for i in group]) for group in groups]
-        order = torch.tensor([i for group in groups for i in group], device=self.draft_tokens.device)
-        return torch.cat(parts)[order.argsort()]
-
-    def _take_in_together(self, news: Sequence[News], slots: list[int]) -> Tensor:
-        counts = [len(one.tokens) for one in news]
-        longest, device = max(counts), self.draft_tokens.device
-        if self.graphs:
-            longest = padded_rows(longest) or longest
-        past = [self.lengths[slot] for slot in slots]
-        tokens = torch.tensor([one.tokens + [0] * (longest - len(one.tokens)) for one in news], device=device)
-        features = pad_sequence([one.features for one in news], batch_first=True)
-        features = F.pad(features, (0, 0, 0, longest - features.shape[1]))
-        steps = torch.arange(longest, device=device)
-        causal = (steps <= steps[:, None]).expand(len(slots), -1, -1)
-        at = torch.tensor(past, device=device)[:, None] + steps
-        mask = behind(causal, past, max(past) + longest)
-        out = self._forward(slots, self.step.fuse(features), tokens, at, past, mask)
-        for slot, count in zip(slots, counts, strict=True):
-            self.lengths[slot] += count
-        if out.shape[:2] == (1, counts[0]):
-            return out[:, -1:]
-        return out[torch.arange(len(slots), device=device), torch.tensor(counts, device=device) - 1][:, None]
-
-    def _forward(
-        self, slots: list[int], g: Tensor, tokens: Tensor, at: Tensor, starts: list[int], mask: Tensor
-    ) -> Tensor:
-        """The layer over [batch, rows], whose keys go behind the first `starts` of their slots."""
-        if len(self.lengths) == 1 and not self.graphs:
-            self.cache.write_behind(starts[0])
-            return self.step(g, tokens, at, mask, self.cache)
-        # Padding may reach beyond the end; the last place is never seen and takes it.
-        last, mask = self.cache.capacity - 1, mask[..., : self.cache.capacity]
-        where = torch.tensor(starts, device=g.device)[:, None] + torch.arange(g.shape[1], device=g.device)
-        visible = mask.shape[-1]
-        if self.graphs:
-            visible = padded_keys(visible, self.cache.capacity)
-            mask = F.pad(mask, (0, visible - mask.shape[-1]))
-        inputs = {
-            "g": g,
-            "tokens": tokens,
-            "at": at.clamp_max(last),
-            "mask": mask,
-            "slots": torch.tensor(slots, device=g.device),
-            "where": where.clamp_max(last),
-        }
-
-        def work(x: dict[str, Tensor]) -> tuple[Tensor, ...]:
-            self.cache.write_rows(x["slots"], x["where"], visible)
-            return (self.step(x["g"], x["tokens"], x["at"], x["mask"], self.cache),)
-
-        if self.graphs and padded_rows(g.shape[1]):
-            (out,) = self.graphs((*g.shape[:2], visible), inputs, work)
-            return out.clone()  # the next level may run in the same graph
-        return work(inputs)[0]
-
-
-def _pick(rows: Tensor, index: Tensor) -> Tensor:
-    """rows [batch, width, dim] at index [batch, picked] -> [batch, picked, dim]."""
-    if rows.shape[1] == 1:
-        return rows.expand(-1, index.shape[1], -1)
-    return rows.gather(1, index[..., None].expand(-1, -1, rows.shape[-1]))
+        return FeedbackDrafter(FusedEagle(head), head.draft_tokens)

@@ -89,7 +89,7 @@ class MedusaMethod:
         Raises:
             TargetError: the target's final norm is of another kind than the head's.
         """
-        if not frozen.plain_norm:
+        if not frozen.rms_norm:
             raise TargetError(
                 f"target {target.name}: its final norm is no plain RMSNorm, which Medusa heads read the last layer "
                 "through; choose another method for this target"

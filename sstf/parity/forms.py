@@ -1,7 +1,7 @@
 """One head in the forms that the ladder compares: as it trains, as it decodes, and as vLLM serves it.
 
-An EAGLE-3 head shows every value on the way to its drafts (`trace`). Of another head the drafts alone are seen: its
-trainer's are what its loss counts, its decoder's what `Drafter.propose` drafts at the same places.
+An EAGLE-3 head of one layer shows every value on the way to its drafts (`trace`). Of another head the drafts alone are
+seen: its trainer's are what its loss counts, its decoder's what `Drafter.propose` drafts at the same places.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 from sstf.decode import SpeculativeDecoder
 from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures, rows_ahead, to_device
 from sstf.formats import speculative_config
-from sstf.heads import Eagle3Head
 from sstf.methods.base import DraftMethod, News, TrainableMethod
 from sstf.methods.checkpoint import DraftHead, StoredHead, bind
 from sstf.parity.compare import tensors_of, weights_of
 from sstf.parity.served import Serving, count
 from sstf.parity.texts import Text, replayed
-from sstf.parity.trace import Trace, rows_of, trace_drafting, trace_training
+from sstf.parity.trace import Trace, can_be_traced, rows_of, trace_drafting, trace_training
 from sstf.targets import Target
 from sstf.train.module import HeadWithLoss
 from sstf.trees import Chain, DraftContext
@@ -45,11 +44,17 @@ class Probe:
         self.batches: list[FeatureBatch] = [to_device(source.batch([i]), target.device) for i in range(len(texts))]
         self.rows = [rows_of(batch) for batch in self.batches]
 
-    def anchors(self, i: int, positions: int) -> Tensor:
-        """Which rows of a text, [row] bool, have a chain of so many tokens that lies wholly in its answer."""
+    def anchors(self, i: int, hits: Tensor) -> Tensor | None:
+        """Places among the rows of a text, [anchors] int64, of the chains that a loss counted in it, [position,
+        anchors]: those that lie wholly in its answer. A method that reads a state of the next row has none at the last.
+
+        None where there are other numbers of them.
+        """
         batch, rows = self.batches[i], self.rows[i]
-        ahead, there = rows_ahead(batch.lengths, positions, rows.device)
-        return (there & batch.loss_mask[ahead]).all(0)[rows]
+        ahead, there = rows_ahead(batch.lengths, len(hits), rows.device)
+        found = (there & batch.loss_mask[ahead]).all(0)[rows].nonzero()[:, 0]
+        counted = hits.shape[1]
+        return found[:counted] if len(found) - 1 <= counted <= len(found) else None
 
     def hits(self, drafted: Tensor, i: int) -> Tensor:
         """Which drafts, [position, row] target ids, are the target's own tokens."""
@@ -95,7 +100,7 @@ def trained(probe: Probe, stored: StoredHead, method: TrainableMethod, precision
     """In float32, by the code that trains it."""
     head = bind(stored, probe.target.frozen_head).to(probe.target.device)
     counted = loss_counts(probe, method, head, precision)
-    if isinstance(head, Eagle3Head):
+    if can_be_traced(head):
         inner = head
 
         def trace(i: int) -> Trace:
@@ -114,9 +119,10 @@ def _emitted(passes: Sequence[Sequence[int]]) -> list[Emitted]:
 def _replayed_hits(probe: Probe, i: int, hits: Tensor) -> list[int]:
     """What decoding would emit while it stands at anchors: behind the last of them the loss counts no whole chain."""
     depth = min(probe.depth, len(hits))
-    rows = probe.rows[i][probe.anchors(i, len(hits))]
-    if hits.shape[1] != len(rows):
+    places = probe.anchors(i, hits)
+    if places is None:
         return []
+    rows = probe.rows[i][places]
     own = torch.tensor(probe.texts[i].ids, device=rows.device)
     wanted = own[rows + 2 + torch.arange(depth, device=rows.device)[:, None]]
     return replayed(torch.where(hits[:depth], wanted, NOTHING), rows, probe.texts[i])
@@ -133,7 +139,7 @@ def decoded(probe: Probe, name: str, head: DraftHead, like: Form | None = None) 
         for text in probe.texts:
             _, found = decoder.passes(1, len(text.ids)).prefill(0, text.ids)
             features.append(found[:-2])
-    if isinstance(module, Eagle3Head):
+    if can_be_traced(module):
         inner = module
         weights = weights_of(module, decoder.layers)
 

@@ -148,13 +148,18 @@ def _exports(stored: StoredHead, settings: ParitySettings, frozen: FrozenHead, s
 def _loss_rung(probe: Probe, form: Form) -> Rung:
     """The trainer beside its own loss: hits of the chains that lie wholly in supervised text."""
     assert form.counted
-    missed = [i for i, hits in enumerate(form.counted) if hits.shape[1] != int(probe.anchors(i, len(hits)).sum())]
-    faults = [f"its loss counts other chains than text {missed[0]} has"] if missed else []
+    odd = _odd_texts(probe, form.counted)
+    faults = [f"its loss counts other chains than text {odd[0]} has"] if odd else []
     agreement = None
-    if form.trace and not missed:
+    if form.trace and not odd:
         agreement = _same_hits(probe, form, form.counted, whole=True)
         faults += [] if agreement >= AGREEMENT else [_disagreement(agreement, "hits")]
     return Rung(form.name, "its loss", tuple(faults), agreement=agreement, **_lengths(form))
+
+
+def _odd_texts(probe: Probe, counted: Sequence[Tensor]) -> list[int]:
+    """Those of which a loss counts more or fewer chains than lie wholly in their answers."""
+    return [i for i, hits in enumerate(counted) if probe.anchors(i, hits) is None]
 
 
 def _same_hits(probe: Probe, form: Form, counted: Sequence[Tensor], whole: bool = False) -> float:
@@ -170,9 +175,9 @@ def _same_hits(probe: Probe, form: Form, counted: Sequence[Tensor], whole: bool 
     same = total = 0
     for i, hits in enumerate(counted):
         depth = min(probe.depth, len(hits))
-        drafted = form.trace(i).drafted[:depth, probe.anchors(i, len(hits))]
-        own = probe.hits(form.trace(i).drafted[:depth], i)[:, probe.anchors(i, len(hits))]
-        theirs, made = hits[:depth], drafted != NOTHING
+        places, drafted = probe.anchors(i, hits), form.trace(i).drafted[:depth]
+        own, made = probe.hits(drafted, i)[:, places], drafted[:, places] != NOTHING
+        theirs = hits[:depth]
         if not whole:
             own, theirs = own.cumprod(0).bool(), theirs.cumprod(0).bool()
         same += int(((own == theirs) & made).sum())
@@ -191,7 +196,7 @@ def _rung(probe: Probe, before: Form, after: Form) -> Rung:
             comparison.add(before.trace(i), after.trace(i))
         found = found or comparison.first()
         figures = {"agreement": comparison.agreement, **comparison.logits}
-    elif before.counted and after.trace:
+    elif before.counted and after.trace and not _odd_texts(probe, before.counted):
         figures = {"agreement": _same_hits(probe, after, before.counted)}
     if found:
         faults.append(f"{found}")

@@ -19,7 +19,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import TypeIs
 
 from sstf.features import rows_ahead
 from sstf.heads import Eagle3Head, FusedEagle
@@ -33,6 +34,11 @@ class Trace:
 
     values: dict[str, Tensor]  # see the module docstring
     drafted: Tensor  # [steps, row] int64, the best draft token as a target id
+
+
+def can_be_traced(head: nn.Module) -> TypeIs[Eagle3Head]:
+    """Whether a head is one that is looked into here."""
+    return type(head) is Eagle3Head and head.shape.num_layers == 1  # not what is made from it
 
 
 def rows_of(batch: FeatureBatch) -> Tensor:
@@ -57,7 +63,7 @@ def trace_training(head: Eagle3Head, batch: FeatureBatch, steps: int, bf16: bool
 
 @torch.inference_mode()
 def trace_drafting(head: Eagle3Head, features: Tensor, tokens: Tensor, rows: Tensor, steps: int) -> Trace:
-    """As `Eagle3Drafter` computes it, all rows at once: step i's node of row t sees step 0 up to t, and its own nodes.
+    """As `FeedbackDrafter` computes it, all rows at once: step i's node of row t sees step 0 up to t and its own nodes.
 
     Args:
         head: in the dtype that it decodes in.

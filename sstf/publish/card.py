@@ -8,28 +8,30 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
 from sstf.decode import CostModel
 from sstf.evaluation.config import NGRAM, PLAIN
+from sstf.evaluation.figures import survival_plot, training_plot
 from sstf.evaluation.run import ALL
 from sstf.formats import Engine, sglang_algorithm, speculative_config
 from sstf.methods import TrainableMethod, build_method
 from sstf.methods.checkpoint import StoredHead
 from sstf.publish.gate import Verdict
-from sstf.publish.plots import line_chart
 from sstf.publish.record import DEFAULT_MODE, RunRecord
 
 UNKNOWN = "not recorded"
-ACCEPTANCE, CURVE = "acceptance.svg", "training.svg"
+ACCEPTANCE, CURVE = "acceptance", "training"
 BASELINES = (PLAIN, NGRAM)
 PAPERS = {
-    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+    "dflash": ("DFlash", "https://arxiv.org/abs/2602.06036"),
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
+    "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
     "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),
+    "p_eagle": ("P-EAGLE", "https://arxiv.org/abs/2602.01469"),
 }
 # Settings that a reader of a card asks for; all of them are in run.json.
 SETTINGS = ("epochs", "steps", "step_tokens", "optimizer", "schedule", "precision", "warm_start")
@@ -57,6 +59,7 @@ class CardFacts:
     left_out: dict[str, str]  # engine -> why the head has no form for it
     verdicts: list[Verdict]
     forced: bool
+    shown: dict[str, str] = field(default_factory=dict)  # plot -> its file
 
 
 def write_card(facts: CardFacts) -> str:
@@ -75,28 +78,12 @@ def write_card(facts: CardFacts) -> str:
 
 
 def plots(record: RunRecord) -> dict[str, str]:
-    """The card's figures by file name; none where nothing was measured."""
-    made = {}
-    rows = _rows(record)
-    lines = {
-        f"{row['arm']}, temperature {row['temperature']:g}": list(enumerate(row["survival"], 1))
-        for row in rows
-        if row["category"] == ALL and row["survival"]
+    """The card's figures as SVG, by the name of their files; none where nothing was measured."""
+    found = {
+        ACCEPTANCE: survival_plot(_rows(record)),
+        CURVE: training_plot(record.curve.points if record.curve else []),
     }
-    if lines:
-        made[ACCEPTANCE] = line_chart(
-            lines, "Passes that accept a draft position", "draft position", "share of verify passes"
-        )
-    if record.curve:
-        points = list(zip(record.curve.steps, record.curve.accepted_length, strict=True))
-        made[CURVE] = line_chart(
-            {"held-out conversations": points},
-            "Simulated accepted length while training",
-            "optimiser step",
-            "tokens a pass",
-            y_from=1.0,
-        )
-    return made
+    return {name: svg for name, svg in found.items() if svg}
 
 
 @dataclass(frozen=True)
@@ -270,8 +257,8 @@ def _results(facts: CardFacts) -> list[str]:
         "",
         *[f"- `{name}`: {formula}" for name, formula in report["formulas"].items() if not name.startswith("draft_ms")],
     ]
-    if ACCEPTANCE in plots(facts.record):
-        lines += ["", f"![Passes that accept a draft position]({ACCEPTANCE})"]
+    if ACCEPTANCE in facts.shown:
+        lines += ["", f"![Passes that accept a draft position]({facts.shown[ACCEPTANCE]})"]
     for group, found in (
         ("category", rows),
         ("mode", report.get("by_mode")),
@@ -358,8 +345,8 @@ def _training(facts: CardFacts) -> list[str]:
     )
     lines.append(f"| hardware | {_cell(_hardware(record))} |")
     lines.append(f"| hours | {_hours(trained)}; the data's answers and the features: {UNKNOWN} |")
-    if record.curve:
-        lines += ["", f"![Simulated accepted length while training]({CURVE})"]
+    if CURVE in facts.shown:
+        lines += ["", f"![Simulated accepted length while training]({facts.shown[CURVE]})"]
     return [*lines, "", "`run.json` holds the whole configuration, the versions and every start."]
 
 

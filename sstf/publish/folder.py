@@ -1,6 +1,6 @@
 """The folder that is published: the head, its forms for engines, what it was made with and reached, and the card.
 
-    README.md              the model card, with its figures acceptance.svg and training.svg
+    README.md              the model card, with its figures acceptance and training, each as .svg and .png
     head.json, head.safetensors    the head in this project's form, which `chat`, `eval` and `doctor` take
     vllm/, sglang/, ...    the head in the form of each engine that has one
     run.json               the configuration, versions, and what every stage reported
@@ -28,6 +28,7 @@ from huggingface_hub import get_token, try_to_load_from_cache
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.data.progress import Progress
 from sstf.errors import DamagedDataError, ExportError, SstfError
+from sstf.evaluation.plot_files import write_plots
 from sstf.formats import Engine, export_head, target_for
 from sstf.methods.checkpoint import StoredHead, read_head
 from sstf.publish.card import BaseModel, CardFacts, plots, write_card
@@ -89,13 +90,12 @@ def make_folder(asked: Publication, folder: Path, progress: Progress) -> list[Ve
             write_json_atomic(scratch / RUN, record.to_json())
         if record.evaluation:
             write_json_atomic(scratch / EVALUATION, record.evaluation)
-        for name, figure in plots(record).items():
-            write_bytes_atomic(scratch / name, figure.encode())
+        shown = write_plots(scratch, plots(record), progress.note)
         verdicts = _verdicts(asked, target, scratch, progress)
         failed = any(not verdict.passed for verdict in verdicts)
         if failed and not asked.force:
             return verdicts
-        facts = CardFacts(asked.repo, base, stored, record, engines, left_out, verdicts, failed)
+        facts = CardFacts(asked.repo, base, stored, record, engines, left_out, verdicts, failed, shown)
         write_bytes_atomic(scratch / "README.md", write_card(facts).encode())
         check_files(scratch, get_token())
         write_json_atomic(scratch / CHECKSUMS, {"format": FORMAT, "sha256": _checksums(scratch)})

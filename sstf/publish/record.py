@@ -19,6 +19,7 @@ import yaml
 
 from sstf.errors import DamagedDataError, DataError
 from sstf.evaluation import load_suite
+from sstf.evaluation.report import training_curve
 from sstf.evaluation.suites import Prompt
 from sstf.publish.scrub import scrubbed_for_others
 
@@ -33,6 +34,11 @@ class Curve:
 
     steps: list[int]
     accepted_length: list[float]
+
+    @property
+    def points(self) -> list[tuple[int, float]]:
+        """Step and figure, one pair a validation."""
+        return list(zip(self.steps, self.accepted_length, strict=True))
 
 
 @dataclass(frozen=True)
@@ -173,16 +179,5 @@ def _evaluation(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _curve(log: Path) -> Curve | None:
-    """What validation found, from the training log; a line that a crash cut off is passed over."""
-    if not log.is_file():
-        return None
-    curve = Curve([], [])
-    for line in log.read_text(encoding="utf-8").splitlines():
-        try:
-            figures = json.loads(line)
-        except ValueError:
-            continue
-        if "val/simulated_accepted_length" in figures:
-            curve.steps.append(figures["step"])
-            curve.accepted_length.append(figures["val/simulated_accepted_length"])
-    return curve if curve.steps else None
+    points = training_curve(log)
+    return Curve([step for step, _ in points], [length for _, length in points]) if points else None

@@ -21,6 +21,7 @@ from starlette.requests import ClientDisconnect
 
 from sstf.data.chat_template import render_prompt
 from sstf.decode import Generation, Step
+from sstf.decode.text_stream import TextStream
 from sstf.errors import DataError
 from sstf.serve.metrics import Metrics
 from sstf.serve.protocol import (
@@ -32,7 +33,6 @@ from sstf.serve.protocol import (
     Kind,
     read_request,
 )
-from sstf.serve.text import TextStream
 from sstf.serve.worker import Failed, Gone, Job, Worker
 from sstf.types import SamplingParams
 

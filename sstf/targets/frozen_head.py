@@ -33,7 +33,7 @@ class FrozenHead:
     last_layer: dict[str, Tensor]
     softcap: float = 0.0  # logits = softcap * tanh(logits / softcap) where not 0 (Gemma 2)
     scale: float = 1.0  # logits are multiplied by it (Granite, Cohere)
-    plain_norm: bool = True  # whether the final norm is an RMSNorm times `final_norm` (Gemma adds 1 to it)
+    rms_norm: bool = True  # the final norm is x / rms(x) * final_norm, so that a head can apply it (not in Gemma)
 
     def logits(self, hidden: Tensor, tokens: Tensor | None = None) -> Tensor:
         """Target logits of normed hidden states, over the whole vocabulary or over `tokens` only.
@@ -67,7 +67,7 @@ class FrozenHead:
             {name: tensor.to(device) for name, tensor in self.last_layer.items()},
             self.softcap,
             self.scale,
-            self.plain_norm,
+            self.rms_norm,
         )
 
     def save(self, path: Path) -> None:
@@ -76,7 +76,9 @@ class FrozenHead:
         if self.lm_head.data_ptr() != self.embeddings.data_ptr():
             tensors["lm_head"] = self.lm_head
         tensors |= {f"last_layer.{name}": tensor for name, tensor in self.last_layer.items()}
-        tensors["logit_transform"] = torch.tensor([self.softcap, self.scale, self.plain_norm], dtype=torch.float64)
+        # The third number is not written where it says nothing new: what was stored before has two.
+        transform = [self.softcap, self.scale] if self.rms_norm else [self.softcap, self.scale, 0.0]
+        tensors["logit_transform"] = torch.tensor(transform, dtype=torch.float64)
         # Not safetensors' own `save_file`: it hides a full disk in an error of its own kind.
         write_bytes_atomic(path, save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}))
 
@@ -89,7 +91,7 @@ class FrozenHead:
         """
         try:
             tensors = load_file(path)
-            softcap, scale, *plain = tensors.pop("logit_transform").tolist()  # earlier files have two numbers
+            softcap, scale, *other_norm = tensors.pop("logit_transform").tolist()
             embeddings = tensors.pop("embeddings")
             return FrozenHead(
                 embeddings,
@@ -98,7 +100,7 @@ class FrozenHead:
                 {name.removeprefix("last_layer."): tensor for name, tensor in tensors.items()},
                 softcap,
                 scale,
-                plain != [0.0],
+                not other_norm,
             )
         except (OSError, SafetensorError, KeyError) as error:
             raise DamagedDataError(

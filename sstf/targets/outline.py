@@ -65,7 +65,7 @@ def outline(config: TargetConfig) -> TargetOutline:
             rows if output is embeddings else output.detach(),  # tied weights are one tensor
             rows.new_empty(spec.hidden_size),
             {name: parameter.detach() for name, parameter in layers[-1].named_parameters()},
-            plain_norm=is_plain(final_norm(model.get_decoder(), config.name), spec.hidden_size, spec.rms_norm_eps),
+            rms_norm=is_plain(final_norm(model.get_decoder(), config.name), spec.hidden_size, spec.rms_norm_eps),
         ),
         "recurrent" in layer_kinds(read),
     )

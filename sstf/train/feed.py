@@ -93,7 +93,8 @@ class Feed:
             batch = unsupervised(batch)
         # One a conversation, so that what is drawn does not depend on which of them meet in a batch.
         at = -1 if step is None else step
-        batch = replace(batch, seeds=tuple((self.seed * 1_000_003 + at) * 1_000_003 + i for i in conversations))
+        seeds = tuple((self.seed * 1_000_003 + at) * 1_000_003 + i for i in conversations)
+        batch = replace(batch, seeds=seeds, progress=1.0 if step is None else step / len(self.plan))
         if self.noise and step is not None:
             batch = noisy(batch, self.noise)
         return to_device(batch, self.launch.device)

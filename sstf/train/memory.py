@@ -88,7 +88,8 @@ def trained(
     device: torch.device,
 ) -> Trained:
     """A training in one process. Heads other than EAGLE's are taken to be like it: a layer that reads the taps runs
-    once a batch, an `lm_head` in the loss, and all others in each of `unrolls` steps.
+    once a batch, an `lm_head` (the target's, where the head has none) in the loss, and all others in each of `unrolls`
+    steps.
 
     Args:
         head: may lie on the meta device.
@@ -101,7 +102,14 @@ def trained(
     """
     layers = {name: layer for name, layer in head.named_modules() if isinstance(layer, nn.Linear)}
     output = next((layer for name, layer in layers.items() if name.split(".")[-1] == "lm_head"), None)
-    inner = [layer for layer in layers.values() if layer is not output and layer.in_features != taps]
+    tokens = sum(buffer.numel() for name, buffer in head.named_buffers() if name == "d2t")
+    # Where the taps are one layer's, they are as wide as what other layers read, and all are counted.
+    once = taps if taps != frozen.lm_head.shape[1] else 0
+    inner = [
+        layer
+        for layer in layers.values()
+        if layer is not output and layer.in_features != once and layer.out_features != tokens
+    ]
     sizes = {name: p.numel() for name, p in head.named_parameters()}
     by_muon = [p.numel() for name, p in head.named_parameters() if takes_muon(name, p)]
     return Trained(
@@ -110,7 +118,8 @@ def trained(
         hidden=frozen.lm_head.shape[1],
         taps=taps,
         parameters=sum(sizes.values()),
-        draft_vocab=output.out_features if output else len(head.get_buffer("d2t")),  # a frozen lm_head is a buffer
+        # A head without an lm_head of its own drafts with the target's, over the vocabulary of its map.
+        draft_vocab=output.out_features if output else sum(len(b) for n, b in head.named_buffers() if n == "d2t"),
         widths=sum(layer.in_features + layer.out_features for layer in inner),
         moments=2 * sum(sizes.values()) - (sum(by_muon) if config.optimizer.kind == "muon" else 0),
         averaged=config.ema is not None,

@@ -92,10 +92,13 @@ def _other_shape(stored: StoredHead, method: dict[str, Any], target: TargetSpec)
 
     def shape(own: Any, given: TargetSpec) -> dict[str, Any]:
         values = {name: own.get(name) or getattr(given, name, False) for name in SHAPE_FIELDS}
-        return values | {"rope_scaling": values["rope_scaling"] or {"rope_type": "default"}}
+        return values | {
+            "rope_scaling": values["rope_scaling"] or {"rope_type": "default"},
+            "num_layers": own.get("num_layers", 1),
+        }
 
     theirs, ours = shape(stored.config.model_dump(), stored.target), shape(method, target)
-    return {name: theirs[name] for name in SHAPE_FIELDS if theirs[name] != ours[name]}
+    return {name: value for name, value in theirs.items() if value != ours[name]}
 
 
 def draft_tokens_of(head: dict[str, Tensor]) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sstf.data.atomic import write_bytes_atomic, write_json_atomic
-from sstf.evaluation.charts import lines, standalone
+from sstf.data.atomic import write_json_atomic
+from sstf.evaluation.charts import lines
+from sstf.evaluation.plot_files import write_plots
 from sstf.formats import engines_of, sglang_algorithm, speculative_config
 from sstf.machine import hardware
 from sstf.tune.plan import PLAIN, Choice, Measured, Shape, TunePlan, speedup
@@ -123,8 +124,10 @@ def figure(found: TunePlan, measured: Measured) -> str:
     return lines(series, "Speedup by batch size (cost model)", "sequences at once", "speedup", doubling=True)
 
 
-def write_plan(folder: Path, found: TunePlan, measured: Measured, commands: Sequence[str]) -> None:
-    """`tune.json` and `tune.svg`."""
+def write_plan(
+    folder: Path, found: TunePlan, measured: Measured, commands: Sequence[str], note: Callable[[str], None]
+) -> Path:
+    """`tune.json`, `tune.svg` and `tune.png`, or a note why there is no PNG; returns the figure to show."""
     lengths = [asdict(shape) | {"accepted_length": tau} for shape, tau in measured.accepted_lengths.items()]
     costs = [
         {"batch": batch, "context": context, **cost.to_json()} for (batch, context), cost in measured.costs.items()
@@ -138,4 +141,4 @@ def write_plan(folder: Path, found: TunePlan, measured: Measured, commands: Sequ
         "costs": costs,
     }
     write_json_atomic(folder / "tune.json", content)
-    write_bytes_atomic(folder / "tune.svg", standalone(figure(found, measured)).encode())
+    return folder / write_plots(folder, {"tune": figure(found, measured)}, note)["tune"]

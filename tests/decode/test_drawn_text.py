@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerBase
 
 from sstf.decode import AnyPolicy, BanditPolicy, SpeculativeDecoder, engine
-from sstf.methods import MedusaConfig
+from sstf.methods import Eagle3Config, EagleConfig, MedusaConfig, PEagleConfig
 from sstf.methods.checkpoint import DraftHead
 from sstf.methods.medusa import MedusaMethod
 from sstf.targets import Target
@@ -164,6 +164,18 @@ def test_a_hundred_thousand_draws(markov: Target) -> None:
     )
     assert found.counts.sum() >= 100_000
     check(found, transitions(markov))
+
+
+@pytest.mark.parametrize("name", ["chain-iid", "tree-without-replacement", "dynamic"])
+@pytest.mark.parametrize(
+    "config", [EagleConfig(), Eagle3Config(layers=(0,), num_layers=2), PEagleConfig(layers=(0,), depth=3)],
+    ids=["eagle", "eagle3-2-layers", "p_eagle"],
+)  # fmt: skip
+def test_other_heads(config: Any, name: str, markov: Target) -> None:
+    head = random_head(markov, seed=0, spread=0.1, config=config)
+    found = texts(SpeculativeDecoder(markov, head, POLICIES[name]), 2_500)
+    check(found, transitions(markov))
+    assert found.accepted > 1.1
 
 
 def test_one_by_one(markov: Target) -> None:

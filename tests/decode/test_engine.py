@@ -51,9 +51,9 @@ def expected(tiny_target: Target) -> list[tuple[list[int], list[int]]]:
 
 
 def random_head(
-    target: Target, seed: int = 0, spread: float = 0.15, layers: tuple[int, ...] | None = None
+    target: Target, seed: int = 0, spread: float = 0.15, layers: tuple[int, ...] | None = None, config: Any = None
 ) -> DraftHead:
-    method = build_method(Eagle3Config(layers=layers))
+    method = build_method(config or Eagle3Config(layers=layers))
     torch.manual_seed(seed)
     size = target.spec.vocab_size
     head = method.build_head(target.spec, target.frozen_head, torch.arange(0, size, 2 if size > 100 else 1))  # type: ignore[attr-defined]

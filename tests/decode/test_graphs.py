@@ -10,7 +10,7 @@ from test_engine import expected, random_head  # noqa: F401 - a fixture
 
 from sstf.decode import SpeculativeDecoder
 from sstf.decode.passes import Passes
-from sstf.methods.eagle3 import Eagle3Drafter
+from sstf.methods.cached_drafter import FeedbackDrafter
 from sstf.targets import Target
 from sstf.targets.graphs import ROWS, GraphRunner, padded_keys, padded_rows
 from sstf.trees import AnyTree, Chain, DynamicTree, StaticTree
@@ -65,7 +65,7 @@ def test_the_text_is_the_same(
     monkeypatch.setattr(Passes, "__init__", with_graphs)
     monkeypatch.setattr(Passes, "_replayed", watched)
     decoder = SpeculativeDecoder(tiny_target, head, policy)
-    assert isinstance(decoder.drafter, Eagle3Drafter)
+    assert isinstance(decoder.drafter, FeedbackDrafter)
     decoder.drafter.graphs = GraphRunner(CPU)
     found = [decoder.generate(prompt, 13) for prompt, _ in expected]
     assert [f.token_ids for f in found] == [answer for _, answer in expected]

@@ -12,7 +12,7 @@ from test_engine import random_head
 
 from sstf.decode import AnyPolicy, BanditPolicy, Experience, SpeculativeDecoder
 from sstf.decode.cost import KNOTS, CostModel
-from sstf.methods import NgramConfig, build_method
+from sstf.methods import Eagle3Config, EagleConfig, NgramConfig, PEagleConfig, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
 from sstf.trees import Chain, CostAwareTree, DynamicTree, StaticTree
@@ -57,6 +57,10 @@ KINDS: dict[str, tuple[str, AnyPolicy | None]] = {
     "eagle-wide": ("eagle", DynamicTree(depth=2, top_k=12, total_tokens=40)),
     "eagle-cost-aware-lookup": ("eagle", COST_AWARE.model_copy(update={"lookup": True})),
     "eagle-bandit": ("eagle", bandit("thompson")),
+    "eagle1-dynamic": ("eagle1", DYNAMIC),
+    "layers-static": ("layers", STATIC),
+    "p-eagle-chain": ("p-eagle", CHAIN),
+    "p-eagle-dynamic": ("p-eagle", DYNAMIC),
 }
 
 
@@ -85,9 +89,12 @@ def decoder_of(kind: str, target: Target, pairs: Pairs, slots: int) -> Speculati
         "told": lambda: distribution(mostly_right(pairs, 300), 300),
         "ngram": lambda: DraftHead("ngram", build_method(NgramConfig(min_n=1))),
         "eagle": lambda: random_head(target),
+        "eagle1": lambda: random_head(target, config=EagleConfig()),
+        "layers": lambda: random_head(target, config=Eagle3Config(num_layers=2)),
+        "p-eagle": lambda: random_head(target, config=PEagleConfig(depth=4)),
     }[drafts]()
     experience = Experience()
-    if not kind.startswith("eagle"):  # the others measure
+    if drafts in ("none", "told", "ngram"):  # the others measure
         # 1 ms and 20 us a row, 50 us a level: a tree of some size pays.
         for size in {1, 2, 4, slots}:
             experience.costs[size] = CostModel([1e-3 + 2e-5 * knot for knot in KNOTS], draft_s=5e-5, host_s=1e-4)

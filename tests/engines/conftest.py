@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sstf.data.progress import NoProgress
 from sstf.features import ExtractConfig, FeatureStore, extract
-from sstf.methods import Eagle3Config
-from sstf.methods.eagle3 import Eagle3Method
+from sstf.methods import Eagle3Config, build_method
+from sstf.methods.base import TrainableMethod
 from sstf.parity.texts import Text, write_texts
 from sstf.targets import Target, load_target
 from sstf.train.config import TrainConfig
@@ -51,22 +52,34 @@ class Learned:
 
 
 @pytest.fixture(scope="session")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Learned:
-    folder = tmp_path_factory.mktemp("learned")
-    target = load_target("smollm2-135m-instruct", "float32", "cpu")
+def real_target() -> Target:
+    return load_target("smollm2-135m-instruct", "float32", "cpu")
+
+
+@pytest.fixture(scope="session")
+def learned(real_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Learned:
     config = Eagle3Config(ttt_steps=3, draft_vocab_size=8192)
-    method = Eagle3Method(config)
+    return learn(real_target, config, tmp_path_factory.mktemp("learned"))
+
+
+def learn(
+    target: Target, config: Any, folder: Path, steps: int = 50, learning_rate: float = 1e-3, precision: str = "bf16"
+) -> Learned:
+    """Train a head of any method on the ladder's texts."""
+    method = build_method(config)
+    assert isinstance(method, TrainableMethod)
     texts = write_texts(target, PROMPTS, NEW)
     samples = [text.sample(f"t{i}") for i, text in enumerate(texts)]
     spec = method.feature_spec(target.spec)
     extract(target, samples, spec, ExtractConfig(), folder / "features", NoProgress())
     train = TrainConfig(
-        steps=50,
+        steps=steps,
         step_tokens=2048,
-        optimizer={"learning_rate": 1e-3},
+        optimizer={"learning_rate": learning_rate},
+        precision=precision,
         validation_conversations=0,
-        validate_every=50,
-        checkpoint_every=50,
+        validate_every=steps,
+        checkpoint_every=steps,
     )
     Trainer(FeatureStore(folder / "features"), method, config, train, folder, 0).run(NoProgress(), "learned", {})
     return Learned(target, texts, folder / "head")

@@ -22,8 +22,7 @@ STEPS = 3
 
 def test_speculators_computes_our_logits(speculators: Path, learned: Learned, tmp_path: Path) -> None:
     stored, target = read_head(learned.head), learned.target
-    embeddings = target.frozen_head.embeddings
-    export_head(stored, "speculators", tmp_path / "export", str(target.model.name_or_path), embeddings)
+    export_head(stored, "speculators", tmp_path / "export", str(target.model.name_or_path), target.frozen_head)
     source = OnlineFeatures(target, [learned.texts[0].sample("t")], FeatureSpec(stored.layers), ExtractConfig())
     batch = source.batch([0])
     probe = {"features": batch.features.float(), "tokens": batch.input_ids}

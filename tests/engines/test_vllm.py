@@ -27,8 +27,7 @@ def served(learned: Learned, vllm: Path, exported: Path) -> Parity:
 def test_vllm_accepts_what_our_decoder_accepts(vllm: Path, learned: Learned, engine: Engine, tmp_path: Path) -> None:
     """In its own form of a head, and in that of speculators, which it reads too."""
     target = learned.target
-    name, embeddings = str(target.model.name_or_path), target.frozen_head.embeddings
-    export_head(read_head(learned.head), engine, tmp_path, name, embeddings)
+    export_head(read_head(learned.head), engine, tmp_path, str(target.model.name_or_path), target.frozen_head)
     parity = served(learned, vllm, tmp_path)
     print("\n" + parity.sentence)
     ours, theirs = parity.rungs[-2:]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sstf.evaluation.charts import BOTTOM, HEIGHT, TOP, Bar, bars, lines, stacked, standalone, ticks
+from sstf.evaluation.charts import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Bar, bars, lines, stacked, standalone, ticks
 
 
 def parsed(svg: str) -> ElementTree.Element:
@@ -69,3 +69,10 @@ def test_ticks_cover_the_range(low: float, length: float) -> None:
     found = ticks(low, low + length)
     assert found[0] == pytest.approx(low, abs=1e-9) and found[-1] >= (low + length) * (1 - 1e-9) - 1e-6
     assert 2 <= len(found) <= 12
+
+
+@pytest.mark.parametrize("line", [[(5, 0.0)], [(0, 1e-9), (1, 0.0)], [(0, 1000.0), (1, 3.0)]])
+def test_lines_of_any_values_are_inside(line: list[tuple[float, float]]) -> None:
+    for mark in parsed(lines({"a": line}, "t", "x", "y")).findall("circle"):
+        assert LEFT <= float(mark.attrib["cx"]) <= WIDTH - RIGHT
+        assert TOP - 0.1 <= float(mark.attrib["cy"]) <= HEIGHT - BOTTOM + 0.1

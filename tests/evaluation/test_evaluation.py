@@ -11,7 +11,7 @@ import torch
 
 from sstf.data.progress import NoProgress
 from sstf.errors import DataError
-from sstf.evaluation import EvalConfig, Row, evaluate, measure
+from sstf.evaluation import EvalConfig, Row, compare_heads, evaluate, measure
 from sstf.evaluation.metrics import Record
 from sstf.evaluation.run import _row, _summarise, _void
 from sstf.methods import Eagle3Config, NgramConfig, SuffixConfig, TrainableMethod, build_method
@@ -73,6 +73,25 @@ def test_every_arm_at_every_temperature_in_every_category(rows: list[Row]) -> No
     ]
     assert {r.prompts for r in rows if r.category == "all"} == {4}
     assert {r.prompts for r in rows if r.category != "all"} == {2}
+
+
+def test_heads_side_by_side(tiny_target: Target, head: DraftHead, suite: str, rows: list[Row]) -> None:
+    """As each alone; lookup drafts chains only."""
+    config = EvalConfig(
+        suite=suite,
+        max_new_tokens=24,
+        repeats=2,
+        temperatures=(0.0,),
+        ngram_depth=2,
+        policies={"chain": Chain(depth=2), "tree": DynamicTree(depth=3, top_k=3, total_tokens=8)},
+    )
+    heads = {"one": head, "lookup": DraftHead("lookup", build_method(NgramConfig())), "two": head}
+    found = {r.arm: r for r in compare_heads(tiny_target, heads, config, NoProgress(), seed=1) if r.category == "all"}
+    assert list(found) == ["plain", "ngram", "one: chain", "one: tree", "lookup: chain", "two: chain", "two: tree"]
+    alone = {r.arm: r for r in rows if r.temperature == 0 and r.category == "all"}
+    for policy in ("chain", "tree"):
+        assert found[f"one: {policy}"].survival == found[f"two: {policy}"].survival == alone[policy].survival
+    assert found["lookup: chain"].survival == found["ngram"].survival
 
 
 def test_greedy_speculation_says_what_plain_decoding_says(rows: list[Row]) -> None:
@@ -216,5 +235,5 @@ def test_void_rules() -> None:
 
 def test_the_plain_row_is_never_void() -> None:
     loop = replace(made("x", [1] * 20, 1.0, "all"), token_ids=[7] * 21)
-    rows = _summarise({"plain": [loop], "chain": [loop]}, ["all"], 0.0, {"plain": 0, "chain": 1}, trained=True)
+    rows = _summarise({"plain": [loop], "chain": [loop]}, ["all"], 0.0, {"plain": 0, "chain": 1}, trained={"chain"})
     assert [(r.arm, (r.void or "")[:10]) for r in rows] == [("plain", ""), ("chain", "repetitive")]

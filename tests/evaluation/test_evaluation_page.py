@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
 import re
-import shutil
-import subprocess
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pages import Parsed, dom
 
-from sstf.evaluation.page import page
+from sstf.evaluation.figures import figures
+from sstf.evaluation.page import page as page_of
 from sstf.evaluation.rejections import CAUSES, Rejection
 
 EVIL = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"><!-- &lt;"
@@ -61,6 +58,10 @@ def rejection(number: int, *causes: str, position: int = 1, text: str = "") -> R
     return Rejection("chain", f"p{number}", "c", position, causes, emitted, drafted, 0.9, 0.05, 0.4, before, "after")
 
 
+def page(content: dict[str, Any], rejections: list[Rejection]) -> str:
+    return page_of(content, figures(content), rejections)
+
+
 REJECTIONS = [
     rejection(0, "special token", text=EVIL),
     rejection(1, "near tie", "deep position", position=3),
@@ -69,40 +70,12 @@ REJECTIONS = [
 ]
 
 
-class Parsed(HTMLParser):
-    """Tags with their attributes, and the text of script and style elements."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__()
-        self.tags: list[tuple[str, dict[str, str | None]]] = []
-        self.scripts: list[str] = []
-        self.styles: list[str] = []
-        self._open = ""
-        self.feed(text)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.tags.append((tag, dict(attrs)))
-        self._open = tag
-
-    def handle_endtag(self, tag: str) -> None:
-        self._open = ""
-
-    def handle_data(self, data: str) -> None:
-        if self._open in ("script", "style"):
-            (self.scripts if self._open == "script" else self.styles).append(data)
-
-
 def test_nothing_is_run_or_loaded_but_the_pages_own() -> None:
     text = page(report(), REJECTIONS)
     parsed = Parsed(text)
     assert [tag for tag, _ in parsed.tags].count("script") == 2, "the data and the page's own"
-    assert not any(tag in ("img", "link", "iframe") or "src" in a or "href" in a for tag, a in parsed.tags)
-    assert not any(name.startswith("on") or name == "style" for _, attributes in parsed.tags for name in attributes)
-    assert not re.search(r"https?:|url\(|@import", text)
-    policy = next(a["content"] for tag, a in parsed.tags if a.get("http-equiv") == "Content-Security-Policy")
-    assert policy is not None and policy.startswith("default-src 'none';")
-    for content in (parsed.scripts[1], parsed.styles[0]):
-        assert base64.b64encode(hashlib.sha256(content.encode()).digest()).decode() in policy
+    parsed.assert_closed([parsed.scripts[1], *parsed.styles])
+    assert not re.search(r"https?:", text)
     data = json.loads(parsed.scripts[0])
     assert data["rejections"][0]["before"] == f"before {EVIL}"
     assert [cause for cause, _ in data["causes"]] == list(CAUSES)
@@ -143,21 +116,6 @@ const press = key => at("list").dispatchEvent(new KeyboardEvent("keydown", { key
 press("ArrowDown"); press("End"); press("ArrowUp");
 document.title = "now " + at("list").getAttribute("aria-activedescendant");
 """
-
-
-def dom(tmp_path: Path, text: str, fragment: str = "") -> str:
-    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    if browser is None:
-        pytest.skip("no Chromium on this machine")
-    file = tmp_path / "report.html"
-    file.write_text(text, encoding="utf-8")
-    done = subprocess.run(
-        [browser, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}",
-         "--enable-logging=stderr", "--dump-dom", file.as_uri() + fragment],
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
-    assert not re.search(r"CONSOLE.*(Uncaught|Refused)", done.stderr), done.stderr
-    return done.stdout
 
 
 def listed(body: str) -> list[str]:

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from sstf.evaluation.limits import Shape, constant_rate_length, limits, oracle_length, tree_oracles
+from sstf.evaluation.limits import Shape, best_tree, constant_rate_length, grow_together, limits, tree_oracles
 from sstf.evaluation.metrics import Record
 from sstf.targets import Target
 from sstf.types import DraftTree
@@ -43,15 +43,22 @@ def test_limits_by_hand() -> None:
     )
 
 
+def oracle_length(table: Tensor, depth: int, nodes: int) -> float:
+    """Of a target whose distributions, `table`, depend on the last token alone; the root is 0."""
+
+    def verify(numbers: list[int], trees: list[DraftTree]) -> list[Tensor]:
+        return [table[[0, *tree.tokens.tolist()]] for tree in trees]
+
+    [length] = grow_together([best_tree(depth, nodes, CPU)], verify)
+    return length
+
+
 @settings(deadline=None, max_examples=40)
 @given(seed=st.integers(0, 10_000), depth=st.integers(1, 4), nodes=st.integers(1, 12), peak=st.sampled_from([0.3, 3.0]))
 def test_the_oracle_is_the_best_of_all_trees(seed: int, depth: int, nodes: int, peak: float) -> None:
     """The best nodes form a tree, so the best tree's mass is the sum of the greatest path masses there are."""
     generator = torch.Generator().manual_seed(seed)
     table = (peak * torch.randn(4, 4, generator=generator, dtype=torch.float64)).softmax(-1)  # by the last token
-
-    def next_probs(tree: DraftTree) -> Tensor:
-        return table[[0, *tree.tokens.tolist()]]
 
     masses = []
     for length in range(1, depth + 1):
@@ -61,12 +68,12 @@ def test_the_oracle_is_the_best_of_all_trees(seed: int, depth: int, nodes: int, 
                 mass *= float(table[above, token])
             masses.append(mass)
     expected = 1 + sum(sorted(masses, reverse=True)[:nodes])
-    assert oracle_length(next_probs, depth, nodes, CPU) == pytest.approx(expected, abs=1e-9)
+    assert oracle_length(table, depth, nodes) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_sure_target_is_followed_to_the_end() -> None:
     table = torch.eye(3).roll(1, 1)
-    assert oracle_length(lambda tree: table[[0, *tree.tokens.tolist()]], 4, 10, CPU) == 5.0
+    assert oracle_length(table, 4, 10) == 5.0
 
 
 def test_the_targets_own_oracle(tiny_target: Target) -> None:
@@ -90,3 +97,14 @@ def test_the_targets_own_oracle(tiny_target: Target) -> None:
     assert found[1] == pytest.approx(1 + float(first[best]) + max(chain, other), rel=1e-4)
     assert found[2] == pytest.approx(found[0])
     assert tree_oracles(tiny_target, [], shapes, 1.0, 1.0) is None
+
+
+def test_contexts_together_are_the_mean_of_each_alone(tiny_target: Target) -> None:
+    """Of different lengths, and trees that stop growing at different levels."""
+    contexts = [[5, 9, 14], [7, 7, 7, 8, 30, 21, 4], [40, 2]]
+    shapes = [Shape(3, 5, False), Shape(1, 2, True)]
+    alone = [tree_oracles(tiny_target, [context], shapes, 0.7, 0.9) for context in contexts]
+    together = tree_oracles(tiny_target, contexts, shapes, 0.7, 0.9)
+    assert together is not None
+    for number, mean in enumerate(together):
+        assert mean == pytest.approx(sum(found[number] for found in alone if found) / 3, rel=1e-4)

@@ -62,7 +62,7 @@ def test_every_cause(tiny_target: Target) -> None:
     rows = torch.stack([peak(41), peak(2), peak(50, t40=4.9), flat, peak(cyrillic[0]), peak(cyrillic[1]), peak(other)])
     explainer = Explainer(tiny_target, vocabulary)
     passes = [Pass(tree([40], [-1]), [token]) for token in emitted]
-    explainer.add("chain", "x", "a", [10, 11], passes, 0, rows)
+    explainer.add("chain", "x", "a", [10, 11], passes, range(len(rows)), rows)
     found = explainer.rejections()
     assert [one.causes[0] for one in found.kept] == [
         "outside the draft vocabulary", "special token", "near tie", "target uncertain", "other", "script", "other",
@@ -79,7 +79,7 @@ def test_deep_positions_and_several_causes(tiny_target: Target) -> None:
     row = torch.full((300,), -20.0)
     row[2], row[62] = 5.0, 5.0
     explainer = Explainer(tiny_target, None)
-    explainer.add("chain", "x", "a", [10], [Pass(chain, [60, 61, 2])], 2, row[None])
+    explainer.add("chain", "x", "a", [10], [Pass(chain, [60, 61, 2])], [2], row[None])
     [one] = explainer.rejections().kept
     assert (one.position, one.causes) == (3, ("special token", "near tie", "deep position"))
 
@@ -87,7 +87,7 @@ def test_deep_positions_and_several_causes(tiny_target: Target) -> None:
 def test_the_rejections_shown_are_spread_over_all(tiny_target: Target) -> None:
     explainer = Explainer(tiny_target, None)
     passes = [Pass(tree([40], [-1]), [45])] * (KEPT + 1)
-    explainer.add("chain", "x", "a", [10], passes, 0, torch.zeros(len(passes), 300))
+    explainer.add("chain", "x", "a", [10], passes, range(len(passes)), torch.zeros(len(passes), 300))
     found = explainer.rejections()
     assert sum(found.counts["chain"].values()) == KEPT + 1
     assert len(found.kept) == KEPT // 2 + 1
@@ -98,10 +98,13 @@ def test_distributions_are_those_that_decoding_used(tiny_target: Target) -> None
     made = SpeculativeDecoder(tiny_target).generate(prompt, 150)
     best = []
     with torch.inference_mode():
-        for first, rows in distributions(tiny_target, prompt, made.token_ids):
-            assert first == len(best)
-            best += rows.argmax(-1).tolist()
+        for rows, logits in distributions(tiny_target, prompt, made.token_ids, range(150)):
+            assert rows == list(range(len(best), len(best) + len(logits)))
+            best += logits.argmax(-1).tolist()
+        [(_, some)] = distributions(tiny_target, prompt, made.token_ids, [3, 70])
     assert best == made.token_ids
+    assert some.argmax(-1).tolist() == [made.token_ids[3], made.token_ids[70]]
+    assert list(distributions(tiny_target, prompt, made.token_ids, [])) == []
 
 
 def test_scripts() -> None:

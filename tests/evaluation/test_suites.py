@@ -6,10 +6,15 @@ import gzip
 import json
 import re
 from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from sstf.errors import DataError
@@ -134,18 +139,33 @@ ROWS = {
 }  # fmt: skip
 
 
-def put_in_place_of_the_hub(monkeypatch: pytest.MonkeyPatch, rows: list[dict[str, Any]]) -> list[Any]:
-    """The real `datasets` library reads the rows; only where they lie differs. Returns what was asked for."""
-    import datasets
+@pytest.fixture
+def put_in_place_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Callable[[str, list[dict[str, Any]]], None]:
+    """A data set on disk in the form of the hub's, with the suite's subset and split and others beside them. The real
+    `datasets` library streams it: only the address differs."""
 
-    asked: list[Any] = []
+    def put(name: str, rows: list[dict[str, Any]]) -> None:
+        suite, folder = HUB_SUITES[name], tmp_path / name
+        folder.mkdir()
+        pq.write_table(pa.Table.from_pylist(rows), folder / "wanted.parquet")
+        pq.write_table(pa.Table.from_pylist([{"other": 1}]), folder / "other.parquet")
+        wanted = {"split": suite.split, "path": "wanted.parquet"}
+        configs = [
+            {
+                "config_name": suite.subset or "default",
+                "data_files": [wanted, {"split": "more", "path": "other.parquet"}],
+            },
+            {"config_name": "another", "data_files": [{"split": suite.split, "path": "other.parquet"}]},
+        ]
+        (folder / "README.md").write_text(f"---\n{yaml.safe_dump({'configs': configs})}---\n")
+        monkeypatch.setitem(HUB_SUITES, name, replace(suite, repository=str(folder)))
 
-    def load_dataset(repository: str, subset: str | None, split: str, streaming: bool, **_: Any) -> Any:
-        asked.extend([repository, subset, split, streaming])
-        return datasets.Dataset.from_list(rows).to_iterable_dataset()
+    return put
 
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    return asked
+
+Put = Callable[[str, list[dict[str, Any]]], None]
 
 
 def test_every_suite_of_the_hub_has_a_shape() -> None:
@@ -153,35 +173,49 @@ def test_every_suite_of_the_hub_has_a_shape() -> None:
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_rows_of_a_suite_of_the_hub(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_a_suite_of_the_hub(name: str, put_in_place_of_the_hub: Put) -> None:
     row, prompt = ROWS[name]
-    asked = put_in_place_of_the_hub(monkeypatch, [row])
+    put_in_place_of_the_hub(name, [row])
     assert load_suite(name) == [prompt]
-    suite = HUB_SUITES[name]
-    assert asked == [suite.repository, suite.subset, suite.split, True]
 
 
-def test_alpaca_without_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_the_hub(monkeypatch, [{"instruction": "Greet.", "input": "", "output": "Hi"}])
+def test_where_the_suites_lie() -> None:
+    """Addresses that no test without a network can try; a change of one has to be meant."""
+    assert {name: (s.repository, s.subset, s.split) for name, s in HUB_SUITES.items()} == {
+        "mt-bench": ("HuggingFaceH4/mt_bench_prompts", None, "train"),
+        "gsm8k": ("openai/gsm8k", "main", "test"),
+        "math-500": ("HuggingFaceH4/MATH-500", None, "test"),
+        "alpaca": ("tatsu-lab/alpaca", None, "train"),
+        "mbpp": ("google-research-datasets/mbpp", "full", "test"),
+        "cnn-dm": ("abisee/cnn_dailymail", "3.0.0", "test"),
+        "nq": ("google-research-datasets/nq_open", None, "validation"),
+        "speed-bench": ("nvidia/SPEED-Bench", "qualitative", "test"),
+    }
+
+
+def test_alpaca_without_input(put_in_place_of_the_hub: Put) -> None:
+    put_in_place_of_the_hub("alpaca", [{"instruction": "Greet.", "input": "", "output": "Hi"}])
     assert load_suite("alpaca")[0].messages[0].content == "Greet."
 
 
-def test_of_a_large_set_the_first_rows_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_the_hub(monkeypatch, [{"question": f"q{i}", "answer": []} for i in range(600)])
-    assert [p.id for p in load_suite("nq")] == [f"nq-{i}" for i in range(1, 501)]
+def test_of_a_large_set_the_first_rows_are_taken(put_in_place_of_the_hub: Put) -> None:
+    put_in_place_of_the_hub("nq", [{"question": f"q{i}", "answer": []} for i in range(600)])
+    found = load_suite("nq")
+    assert [p.id for p in found] == [f"nq-{i}" for i in range(1, 501)]
+    assert found[-1].messages[0].content == "q499"
 
 
 @pytest.mark.parametrize("first", ["", "The text is to be fetched."])
-def test_placeholders_are_refused(first: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_placeholders_are_refused(first: str, put_in_place_of_the_hub: Put) -> None:
     rows = [{"question_id": str(i), "category": "rag", "turns": [first]} for i in (1, 2)]
-    put_in_place_of_the_hub(monkeypatch, rows)
+    put_in_place_of_the_hub("speed-bench", rows)
     with pytest.raises(DataError, match=r"suite speed-bench: row \d holds a placeholder"):
         load_suite("speed-bench")
 
 
-def test_a_set_that_changed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    put_in_place_of_the_hub(monkeypatch, [{"problem": "2 + 2?"}])
-    with pytest.raises(DataError, match=r"suite gsm8k: row 1 of openai/gsm8k has no usable 'question'"):
+def test_a_set_that_changed_is_named(put_in_place_of_the_hub: Put, tmp_path: Path) -> None:
+    put_in_place_of_the_hub("gsm8k", [{"problem": "2 + 2?"}])
+    with pytest.raises(DataError, match=rf"suite gsm8k: row 1 of {tmp_path}/gsm8k has no usable 'question'"):
         load_suite("gsm8k")
 
 

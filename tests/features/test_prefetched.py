@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -81,6 +83,34 @@ def test_keys_are_read_lazily() -> None:
     next(items)
     assert asked == [0, 1, 2]
     items.close()  # type: ignore[attr-defined]
+
+
+LEFT_HALF_WAY = """
+import concurrent.futures.thread, gc, threading, time
+from sstf.features import prefetched
+
+class Holder:
+    def __init__(self):
+        self.items = prefetched(self.load, range(100))  # a cycle, as a trainer's feed has
+        next(self.items)
+
+    def load(self, key):
+        return key
+
+gc.disable()
+Holder()
+time.sleep(0.5)  # until the thread has loaded ahead, and waits
+with threading._shutdown_locks_lock, concurrent.futures.thread._global_shutdown_lock:
+    gc.collect()
+print(sum(isinstance(one, Holder) for one in gc.get_objects()))
+"""
+
+
+def test_the_garbage_collector_may_close_it_where_locks_are_held() -> None:
+    """A thread holds these locks while it starts, and collects garbage there: once a training hung for good."""
+    command = [sys.executable, "-W", "ignore", "-c", LEFT_HALF_WAY]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert (found.returncode, found.stdout.split()) == (0, ["0"]), found.stderr
 
 
 def test_nothing_to_load() -> None:

@@ -161,6 +161,7 @@ def test_config_in_speculators_form(tiny_target: Target, tmp_path: Path) -> None
         {"target_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}},
         {"target_scaling": {"rope_type": "dynamic", "factor": 4.0}},
         {"draft_vocab_size": 300},
+        {"num_layers": 3},
     ],
 )
 def test_round_trip(settings: dict[str, Any], engine: Engine, tiny_target: Target, tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def scaled(name: str, value: float) -> Change:
         (lambda h: h.config.update(hidden_size=32), "hidden size 32 for targets of 32, target tiny has 64"),
         (lambda h: h.config.update(target_hidden_size=128), "hidden size 64 for targets of 128"),
         (lambda h: h.config.pop("hidden_size"), "hidden_size=None, expected a number"),
-        (lambda h: h.config.update(num_hidden_layers=2), "asks for num_hidden_layers=2"),
+        (lambda h: h.config.update(num_hidden_layers=2), "lacks the tensor layers.1.input_layernorm.weight"),
         (lambda h: h.config.update(hidden_act="gelu"), "asks for hidden_act='gelu'"),
         (lambda h: h.config.update(attention_bias=True), "asks for attention_bias=True"),
         (lambda h: h.config.update(tie_word_embeddings=True), "asks for tie_word_embeddings=True"),

@@ -5,9 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sstf.losses import CrossEntropy, Kl, LkAlpha, LkHybrid, Objective, Teacher, TotalVariation
+from sstf.losses import CrossEntropy, Kl, LkAlpha, LkHybrid, Mixed, Objective, Teacher, TotalVariation
 
-OBJECTIVES: list[Objective] = [Kl(), CrossEntropy(), TotalVariation(), LkAlpha(), LkHybrid(), LkHybrid(eta=0.5)]
+OBJECTIVES: list[Objective] = [
+    Kl(),
+    CrossEntropy(),
+    TotalVariation(),
+    LkAlpha(),
+    LkHybrid(),
+    LkHybrid(eta=0.5),
+    Mixed(),
+]
 
 
 def teacher_of(probs: Tensor) -> Teacher:

@@ -15,7 +15,7 @@ from torch import Tensor
 from sstf.errors import ConfigError
 from sstf.features import FeatureSpec, rows_ahead
 from sstf.heads import Eagle3Head, FusedEagle
-from sstf.methods import Eagle3Config, TrainableMethod, build_method, eagle3
+from sstf.methods import Eagle3Config, TrainableMethod, build_method, cached_drafter, eagle3
 from sstf.methods.base import News
 from sstf.targets import FrozenHead, PreallocatedCache, Target
 from sstf.trees import AnyTree, Chain, DraftContext, DynamicTree, StaticTree
@@ -154,7 +154,7 @@ def drafted(
     drafter = make_method().drafter(head, torch.device("cpu"))
     drafter.start(1, 64)
     with patch.context() as patched:
-        patched.setattr(eagle3, "grow", forced)
+        patched.setattr(cached_drafter, "grow", forced)
         for features, tokens in calls:
             drafter.propose([News(0, tokens.tolist(), features)], Chain(), DraftContext(8))
     return levels

@@ -85,7 +85,7 @@ def test_what_is_shared_is_not_copied_and_not_trained(tiny_target: Target) -> No
 
 
 def test_a_final_norm_of_another_kind_is_refused(tiny_target: Target) -> None:
-    gemma = replace(tiny_target.frozen_head, plain_norm=False)
+    gemma = replace(tiny_target.frozen_head, rms_norm=False)
     with pytest.raises(TargetError, match="target tiny: its final norm is no plain RMSNorm"):
         make_method().build_head(tiny_target.spec, gemma, DRAFT_TOKENS)
 

@@ -20,13 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from transformers import LlamaForCausalLM, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from sstf.chat import Chat, ChatConfig, TextStream, converse, introduce, open_chat
+from sstf.chat import Chat, ChatConfig, converse, introduce, open_chat
 from sstf.cli import CHAT_OPTIONS, main
 from sstf.config_loading import load_options
 from sstf.data.chat_template import render_prompt
 from sstf.decode import AnyPolicy, Experience, SpeculativeDecoder
+from sstf.decode.text_stream import TextStream
 from sstf.errors import ConfigError, DecodeError, HeadError
 from sstf.formats import find_head
 from sstf.methods import Eagle3Config
@@ -98,34 +99,6 @@ def talk(chat: Chat, *said: str, interactive: bool = True) -> tuple[str, str]:
     return out.getvalue(), notes.getvalue()
 
 
-# ---- text as it comes ------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "text", ["Hello", "é", "日本語 and 🙂!", "a�b", "🙂🙂�", "\n\n x\t", "", "<|im_start|>user\nHi<|im_end|>"]
-)
-def test_a_stream_is_the_final_text(tokenizer: PreTrainedTokenizerBase, text: str) -> None:
-    ids = tokenizer(text)["input_ids"]
-    stream = TextStream(tokenizer)
-    pieces = [stream.push(token) for token in ids]
-    assert all("\N{REPLACEMENT CHARACTER}" not in piece for piece in pieces) or "�" in text
-    assert "".join([*pieces, stream.finish()]) == tokenizer.decode(ids, skip_special_tokens=True) == stream.text
-
-
-def test_a_character_comes_with_its_last_byte(tokenizer: PreTrainedTokenizerBase) -> None:
-    stream = TextStream(tokenizer)
-    assert [stream.push(token) for token in tokenizer("a🙂é")["input_ids"]] == ["a", "", "", "", "🙂", "", "é"]
-    assert stream.finish() == ""
-
-
-def test_bytes_that_are_no_text_stream_like_the_rest(tokenizer: PreTrainedTokenizerBase) -> None:
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(50):
-        ids = torch.randint(0, len(tokenizer), (30,), generator=generator).tolist()
-        stream = TextStream(tokenizer)
-        assert "".join([*map(stream.push, ids), stream.finish()]) == tokenizer.decode(ids, skip_special_tokens=True)
-
-
 # ---- the loop --------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +163,7 @@ def test_what_the_model_writes_is_no_markup_and_no_command_to_the_terminal(
 ) -> None:
     one = chat(target, folder, max_new_tokens=1)
     evil = "[red]x[/] :car:\t\x1b]0;title\x07\r " + "long " * 40
-    monkeypatch.setattr(TextStream, "_decode", lambda self: evil)
+    monkeypatch.setattr(TextStream, "push", lambda self, tokens: evil)
     assert talk(one, "Hello")[0] == evil + "\n"  # a file gets what was written
     shown = StringIO()
     terminal = Console(file=shown, force_terminal=True, width=20)

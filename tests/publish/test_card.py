@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -15,7 +14,6 @@ from sstf.decode.cost import KNOTS
 from sstf.methods.checkpoint import StoredHead, read_head
 from sstf.publish.card import BaseModel, CardFacts, Depths, depths, plots, write_card
 from sstf.publish.gate import Verdict
-from sstf.publish.plots import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, line_chart
 from sstf.publish.record import Curve, RunRecord, read_record
 
 EMPTY = RunRecord(starts=[])
@@ -255,28 +253,17 @@ def test_modes_and_lengths_apart(stored: StoredHead) -> None:
 # ---- figures ---------------------------------------------------------------------------------------------------------
 
 
-def test_points_of_a_chart() -> None:
-    """Two points at the corners of the axes: x from 1 to 3, y from 0 to 1."""
-    svg = ElementTree.fromstring(line_chart({"<a>": [(1, 0.0), (3, 1.0)], "b": []}, "t & t", "x", "y"))
-    found = svg.find("{http://www.w3.org/2000/svg}polyline")
-    assert found is not None
-    left, bottom, right, top = LEFT, HEIGHT - BOTTOM, WIDTH - RIGHT, TOP
-    assert found.get("points") == f"{left:.1f},{bottom:.1f} {right:.1f},{top:.1f}"
-    texts = [text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")]
-    assert {"t & t", "<a>", "0", "0.2", "1", "3"} <= set(texts)
-
-
-@pytest.mark.parametrize("line", [[(5, 0.0)], [(0, 1e-9), (1, 0.0)], [(0, 1000.0), (1, 3.0)]])
-def test_charts_of_any_values_are_inside(line: list[tuple[float, float]]) -> None:
-    svg = ElementTree.fromstring(line_chart({"a": line}, "t", "x", "y"))
-    for circle in svg.iter("{http://www.w3.org/2000/svg}circle"):
-        assert LEFT <= float(circle.get("cx", "")) <= WIDTH - RIGHT
-        assert TOP - 0.1 <= float(circle.get("cy", "")) <= HEIGHT - BOTTOM + 0.1
-
-
 def test_plots_are_of_what_was_measured() -> None:
     assert plots(EMPTY) == {}
     curve = Curve([2, 4], [1.1, 1.3])
     made = plots(replace(evaluated(row(), row(arm="plain", survival=[])), curve=curve))
-    assert list(made) == ["acceptance.svg", "training.svg"]
-    assert "chain, temperature 0" in made["acceptance.svg"] and "plain" not in made["acceptance.svg"]
+    assert list(made) == ["acceptance", "training"]
+    assert "chain: 1, 0.8" in made["acceptance"] and "plain" not in made["acceptance"]
+    assert "held-out conversations: 4, 1.3" in made["training"]
+
+
+def test_the_card_shows_the_files_that_are_there(stored: StoredHead) -> None:
+    record = evaluated(row())
+    assert "![" not in card(stored, record)
+    shown = {"acceptance": "acceptance.png"}
+    assert "![Passes that accept a draft position](acceptance.png)" in card(stored, record, shown=shown)

@@ -30,7 +30,8 @@ def names(folder: Path) -> set[str]:
 
 def test_what_is_in_it(published: Path, head: Path) -> None:
     engines = {f"{engine}/{file}" for engine in ("vllm", "sglang") for file in ("config.json", "model.safetensors")}
-    own = {"README.md", "acceptance.svg", "training.svg", "run.json", "evaluation.json", "checksums.json"}
+    own = {"README.md", "run.json", "evaluation.json", "checksums.json"}
+    own |= {f"{plot}.{form}" for plot in ("acceptance", "training") for form in ("svg", "png")}
     found = names(published)
     assert own | engines | {"head.json", "head.safetensors"} <= found
     assert not [name for name in found if "optimizer" in name or name.endswith((".jsonl", ".yaml", ".tmp", ".lock"))]

@@ -24,7 +24,7 @@ def read(target: Target) -> FrozenHead:
 
 
 def same(one: FrozenHead, other: FrozenHead) -> None:
-    assert (one.softcap, one.scale) == (other.softcap, other.scale)
+    assert (one.softcap, one.scale, one.rms_norm) == (other.softcap, other.scale, other.rms_norm)
     for name in ("embeddings", "lm_head", "final_norm"):
         assert torch.equal(getattr(one, name), getattr(other, name)), name
     assert one.last_layer.keys() == other.last_layer.keys()
@@ -84,7 +84,9 @@ def test_scale_and_softcap_by_hand() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "granite"])
-def test_architectures_that_transform_their_logits(architecture: str, tokenizer: PreTrainedTokenizerBase) -> None:
+def test_architectures_that_transform_their_logits(
+    architecture: str, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     model = (
         Gemma2ForCausalLM(Gemma2Config(**SMALL, final_logit_softcapping=2.0))
@@ -94,6 +96,9 @@ def test_architectures_that_transform_their_logits(architecture: str, tokenizer:
     target = Target(architecture, model, tokenizer)
     frozen = target.frozen_head
     assert (frozen.softcap, frozen.scale) == ((2.0, 1.0) if architecture == "gemma2" else (0.0, 0.125))
+    assert frozen.rms_norm == (architecture == "granite")  # Gemma multiplies by 1 + weight
+    frozen.save(tmp_path / "frozen.safetensors")
+    same(FrozenHead.load(tmp_path / "frozen.safetensors"), frozen)
     ids = torch.tensor([[4, 5, 250]])
     with torch.inference_mode():
         hidden = target.decoder(ids, use_cache=False).last_hidden_state
@@ -157,10 +162,10 @@ def test_whether_the_final_norm_is_a_plain_one(
         "granite": lambda: Target("granite", GraniteForCausalLM(GraniteConfig(**SMALL)), tokenizer),
     }[architecture]()
     frozen = target.frozen_head
-    assert frozen.plain_norm == (architecture != "gemma2")
+    assert frozen.rms_norm == (architecture != "gemma2")
     frozen.save(tmp_path / "frozen")
-    assert FrozenHead.load(tmp_path / "frozen").plain_norm == frozen.plain_norm
-    assert frozen.to(torch.device("cpu")).plain_norm == frozen.plain_norm
+    assert FrozenHead.load(tmp_path / "frozen").rms_norm == frozen.rms_norm
+    assert frozen.to(torch.device("cpu")).rms_norm == frozen.rms_norm
     tensors = load_file(tmp_path / "frozen")
     save_file(tensors | {"logit_transform": tensors["logit_transform"][:2]}, tmp_path / "frozen")
-    assert FrozenHead.load(tmp_path / "frozen").plain_norm
+    assert FrozenHead.load(tmp_path / "frozen").rms_norm

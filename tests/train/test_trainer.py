@@ -24,7 +24,6 @@ from sstf.methods import Eagle3Config, Eagle3Method
 from sstf.methods import checkpoint as head_files
 from sstf.methods.base import News
 from sstf.methods.checkpoint import read_head
-from sstf.methods.eagle3 import Eagle3Drafter
 from sstf.targets import Target
 from sstf.train import checkpoint as checkpoint_files
 from sstf.train.trainer import Trainer
@@ -195,7 +194,7 @@ def test_simulated_accepted_length_is_that_of_real_chains(store: FeatureStore, t
     trainer = make_trainer(store, tmp_path, config)
     trainer.run(NoProgress(), "tiny", {})
     head, steps = trainer.module.head, METHOD.ttt_steps
-    drafter = Eagle3Drafter(head)  # type: ignore[arg-type]
+    drafter = trainer.method.drafter(head, torch.device("cpu"))
     accepted = []
     for index in trainer.held_out:
         rows = store[index]

@@ -136,6 +136,9 @@ def test_a_head_of_another_shape_names_the_settings(store: FeatureStore, tmp_pat
         make_trainer(store, tmp_path / "run", config)
     own = METHOD.model_copy(update={"rope_theta": 5e5, "norm_before_residual": True})
     Trainer(store, Eagle3Method(own), own, config, tmp_path / "run", 0)
+    deeper = own.model_copy(update={"num_layers": 2})
+    with pytest.raises(ConfigError, match=r"another shape than the head of this run; set method\.num_layers=1$"):
+        Trainer(store, Eagle3Method(deeper), deeper, config, tmp_path / "deeper", 0)
 
 
 def test_a_head_from_before_its_target_scaled_positions(

@@ -150,7 +150,8 @@ def test_measured_on_the_tiny_target(tiny_target: Target, head: DraftHead, tmp_p
     assert growing == sorted(growing) and 1 < growing[-1] <= deepest + 1
     assert lengths[Shape(deepest, 8, 63)] >= lengths[Shape(deepest, 2, 63)]
     found = plan(measured)
-    write_plan(tmp_path, found, measured, launch_lines(found, "m", "h", "eagle3"))
+    shown = write_plan(tmp_path, found, measured, launch_lines(found, "m", "h", "eagle3"), print)
+    assert shown == tmp_path / "tune.png" and shown.is_file()
     content = json.loads((tmp_path / "tune.json").read_text())
     assert content["format"] == 1 and len(content["chains"]) == 2
     assert ElementTree.fromstring((tmp_path / "tune.svg").read_text()).tag.endswith("svg")

@@ -42,7 +42,7 @@ class TextStream:
         given, self._held = self._held[:ready], self._held[ready:]
         return given
 
-    def finish(self, stopped: bool) -> str:
+    def finish(self, stopped: bool = False) -> str:
         """The rest, with characters that stayed incomplete; up to the stop string if the decoder found one."""
         self._read(len(self._new))
         found = [at for string in self.stop if (at := self._held.find(string)) >= 0] if stopped else []

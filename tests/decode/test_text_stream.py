@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerBase
 
-from sstf.serve.text import TextStream
+from sstf.decode.text_stream import TextStream
 
 TEXTS = ["Hello", "é", "日本語 and 🙂!", "a�b", "🙂🙂�", "\n\n x\t", "", "<|im_start|>user\nHi<|im_end|>", "x" * 300]
 

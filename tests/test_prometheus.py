@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sstf.dashboard.prometheus import difference, percentile, read_metrics
+from sstf.prometheus import difference, percentile, read_metrics
 
 TEXT = r"""
 # HELP vllm:generation_tokens_total Number of generation tokens processed.

@@ -1,0 +1,167 @@
+"""DSpark (arXiv 2607.05147): DFlash's block with a Markov bias, and a confidence that says how much to verify.
+
+All slots predict, the anchor's too: slot k, at the position of its own token, predicts the next one, so a block of B
+drafts B tokens (as vLLM 0.32 runs it where `sample_from_anchor` is true, its default for these checkpoints). The logits
+of a draft get a bias of low rank by the token before it. A second head tells from the slot and the token before how
+likely the draft is to be accepted.
+
+Loss: weight * objective + confidence_weight * weight * BCE(confidence, overlap), the overlap being the chance that a
+token drawn from the draft is accepted, 1 - ||draft_probs - target_probs||_1 / 2. The paper's objective is `mixed`: 0.1
+cross entropy + 0.9 of that distance. The confidence's target has no gradient.
+
+At decoding a chain is verified as far as the product of its confidences stays at `verify_above`, and, where the cost of
+passes is known, while one more draft raises the expected tokens a second; it ends at the first draft that does not.
+Whether draft i is verified depends on confidences 0 .. i, that is on drafts 0 .. i - 1 and never on its own token, so
+the text keeps its distribution (`decode/verify.py`). Trees are verified whole. The paper's calibration of confidences
+by a temperature of their own is not built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sstf.features.spec import FeatureSpec
+from sstf.heads import DSparkHead
+from sstf.losses import CHUNK, Mixed, Objective
+from sstf.methods.base import DraftLimits
+from sstf.methods.block import (
+    BlockConfig,
+    BlockDrafter,
+    Judged,
+    block_features,
+    block_shape,
+    initialise,
+    mask_token_of,
+)
+from sstf.targets import FrozenHead, TargetSpec
+from sstf.trees import AnyTree, Chain, DraftContext, prune
+from sstf.trees.growth import StepCost
+from sstf.types import DraftTree, FeatureBatch, StepOutput
+
+
+class DSparkConfig(BlockConfig):
+    """See `BlockConfig`. `rank` is that of the Markov bias, `confidence_weight` what the confidence has in the loss.
+
+    `verify_above` is the least chance to be emitted, by the confidences, with which a draft of a chain is verified; 0
+    verifies all.
+    """
+
+    kind: Literal["dspark"] = "dspark"
+    block_size: int = Field(default=7, ge=1, le=64)
+    objective: Objective = Mixed()
+    rank: int = Field(default=256, ge=1)
+    confidence_weight: float = Field(default=1.0, ge=0)
+    verify_above: float = Field(default=0.05, ge=0, lt=1)
+
+
+class DSparkMethod:
+    """A `TrainableMethod`."""
+
+    def __init__(self, config: DSparkConfig) -> None:
+        self.config = config
+        self.loss_rows = CHUNK
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens that the head can propose."""
+        return self.config.vocabulary
+
+    @property
+    def positions(self) -> int:
+        """Drafts of a block."""
+        return self.config.block_size
+
+    @property
+    def unrolls(self) -> int:
+        """One: blocks are computed some at a time, and kept as what `lm_head` reads."""
+        return 1
+
+    @property
+    def limits(self) -> DraftLimits:
+        """A block is all that can be drafted."""
+        return DraftLimits(depth=self.positions)
+
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
+    def feature_spec(self, target: TargetSpec) -> FeatureSpec:
+        """See `BlockConfig.layers`."""
+        return block_features(self.config, target)
+
+    def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> DSparkHead:
+        """A new head, random but for its final norm; bias and confidence are nothing yet."""
+        config = self.config
+        head = DSparkHead(
+            block_shape(config, target, first_slot=0), frozen.embeddings, frozen.lm_head, draft_tokens,
+            mask_token_of(config, frozen.embeddings), config.rank,
+        )  # fmt: skip
+        initialise(head, frozen)
+        nn.init.zeros_(head.confidence_head.proj.bias)
+        return head
+
+    def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
+        """See the module docstring. The losses that are reported are those of the objective."""
+        assert isinstance(head, DSparkHead)
+        config = self.config
+        drafts = Judged(head, batch, frozen, config.anchors, self.loss_rows)
+        states = head.paths(drafts.tokens)
+        low_rank = drafts.of_valid(head.low_rank(drafts.hidden, states))
+        weights = drafts.weights(config.weights, low_rank)
+        found = drafts.distill(config.objective, weights, low_rank)
+        confidence = drafts.of_valid(head.confidence(drafts.hidden, states))
+        overlap = found.overlap.to(confidence.dtype).clamp(0, 1)
+        wrong = F.binary_cross_entropy_with_logits(confidence, overlap, weights, reduction="sum")
+        return drafts.output(found.loss_sum + config.confidence_weight * wrong, found)
+
+    def drafter(self, head: nn.Module | None, device: torch.device) -> DSparkDrafter:
+        """See `DSparkDrafter`."""
+        assert isinstance(head, DSparkHead)
+        return DSparkDrafter(head, self.config.verify_above)
+
+
+def verified(chances: Sequence[float], least: float, cost: StepCost | None) -> int:
+    """How many drafts of a chain are verified, decided from left to right.
+
+    Args:
+        chances: of each draft, that it and all before it are accepted; falling.
+        least: with which a draft is verified.
+        cost: of passes, where it is known.
+
+    >>> verified([0.9, 0.5, 0.1, 0.01], 0.1, None)
+    3
+    """
+    for i, chance in enumerate(chances):
+        if chance < least or (cost is not None and cost.best_size(chances[: i + 1], 1) <= i):
+            return i
+    return len(chances)
+
+
+class DSparkDrafter(BlockDrafter):
+    """Verifies chains as far as it is confident."""
+
+    def __init__(self, head: DSparkHead, least: float) -> None:
+        super().__init__(head)
+        self.dspark, self.least = head, least
+
+    def finish(
+        self, trees: list[DraftTree], hidden: Tensor, anchors: Tensor, policy: AnyTree, context: DraftContext
+    ) -> list[DraftTree]:
+        """See `BlockDrafter.finish`."""
+        if not isinstance(policy, Chain):
+            return trees
+        found = []
+        for tree, slots, anchor in zip(trees, hidden, anchors, strict=True):
+            size = len(tree)
+            before = torch.cat([anchor[None], tree.tokens])[:size]
+            confidence = self.dspark.confidence(slots[:size], self.dspark.path_start(before)).sigmoid()
+            keep = verified(confidence.cumprod(0).tolist(), self.least, context.cost)
+            found.append(tree if keep == size else prune(tree, [i < keep for i in range(size)]))
+        return found
