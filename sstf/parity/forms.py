@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from sstf.decode import SpeculativeDecoder
+from sstf.decode.adaptive import tree_policies
 from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures, rows_ahead, to_device
 from sstf.formats import speculative_config
 from sstf.methods.base import DraftMethod, News, TrainableMethod
@@ -26,7 +27,7 @@ from sstf.parity.trace import Trace, can_be_traced, rows_of, trace_drafting, tra
 from sstf.targets import Target
 from sstf.train.module import HeadWithLoss
 from sstf.trees import Chain, DraftContext
-from sstf.types import FeatureBatch, SamplingParams
+from sstf.types import DraftTree, FeatureBatch, SamplingParams
 
 Precision = Literal["bf16", "fp32"]
 NOTHING = -1  # where a drafter drafts fewer tokens than it may
@@ -151,7 +152,7 @@ def decoded(probe: Probe, name: str, head: DraftHead, like: Form | None = None) 
         weights = tensors_of(module, decoder.layers)
 
         def trace(i: int) -> Trace:
-            return Trace({}, proposed(head.method, module, features[i], probe.texts[i], probe.rows[i], probe.depth))
+            return Trace({}, proposed(decoder, head.method, features[i], probe.texts[i], probe.rows[i]))
 
     if like and like.weights and _identical(weights, like.weights):
         return Form(name, like.emitted, weights, trace, None, like.same_text)
@@ -161,25 +162,29 @@ def decoded(probe: Probe, name: str, head: DraftHead, like: Form | None = None) 
     return Form(name, emitted, weights, trace, None, probe.same([one.token_ids for one in made]))
 
 
-def proposed(method: DraftMethod, head: nn.Module, features: Tensor, text: Text, rows: Tensor, depth: int) -> Tensor:
-    """What a head's drafter drafts along a text, [depth, row] target ids, `NOTHING` where it drafts less.
+def proposed(decoder: SpeculativeDecoder, method: DraftMethod, features: Tensor, text: Text, rows: Tensor) -> Tensor:
+    """What the decoder's drafter drafts along a text, [depth, row] target ids, `NOTHING` where it drafts less.
 
     Args:
+        decoder: with a chain as its policy.
         method: of the head.
-        head: in the dtype that it decodes in.
         features: [seq, taps] as the decoder captures them.
         text: what is known at row t up to x_{t+1}, see `features.dataset`.
         rows: [row] int64, ascending and one after the other.
-        depth: of the chain.
     """
-    drafter = method.drafter(head, features.device)
-    drafter.start(1, len(text.ids) + depth + 1)
+    drafter, (policy, *_) = decoder.drafter, tree_policies(decoder.policy)
+    assert drafter is not None
     ids, known, found = text.ids, 0, []
-    for row in rows.tolist():
-        news = News(0, ids[known + 1 : row + 2], features[known : row + 1])
-        (tree,) = drafter.propose([news], Chain(depth=depth), DraftContext(depth=depth))
-        known = row + 1
-        found.append(nn.functional.pad(tree.tokens, (0, depth - len(tree)), value=NOTHING))
+    with decoder.session(1, len(ids) + policy.depth) as session:
+        if method.shared_layers:
+            session.passes.prefill(0, ids[: int(rows[0]) + 1])
+        for row in rows.tolist():
+            news = News(0, ids[known + 1 : row + 2], features[known : row + 1])
+            (tree,) = drafter.propose([news], policy, DraftContext(depth=policy.depth))
+            known = row + 1
+            found.append(nn.functional.pad(tree.tokens, (0, policy.depth - len(tree)), value=NOTHING))
+            if method.shared_layers:  # it drafts in the target's own cache, which has to go on as well
+                session.passes.verify([0], [known], [ids[known]], [DraftTree.empty(rows.device)])
     return torch.stack(found, 1)
 
 
