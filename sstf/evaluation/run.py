@@ -48,7 +48,7 @@ from sstf.warping import warp
 BROKEN_BELOW = 1.05  # an accepted length this near 1 means a broken head or export, not a weak one
 REPETITIVE_ABOVE = 0.5
 ALL = "all"  # the category of the overall rows, and of prompts that name none
-WARM_UP = 8  # tokens that every arm decodes before the clock counts
+WARM_UP = 4  # tokens that every arm decodes before the clock counts
 SAMPLE = 8  # prompts from which limits of drawn text are estimated, at most half of them
 
 
