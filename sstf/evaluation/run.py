@@ -21,6 +21,7 @@ from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
 from sstf.decode import CostModel, SpeculativeDecoder, measure_costs
 from sstf.decode.adaptive import tree_policies
+from sstf.decode.hybrid import LONGEST
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
 from sstf.evaluation.limits import Limits, Shape, limits, tree_oracles
@@ -476,7 +477,8 @@ def _costs(setting: Setting) -> dict[int, CostModel]:
     if arm not in setting.arms:
         return {}
     decoder, costs = setting.arms[arm], {}
-    rows = 1 + max(shape.nodes for shape in setting.shapes.values())
+    trees = [tree for policy in setting.config.policies.values() for tree in tree_policies(policy)]
+    rows = 1 + max(tree.total_tokens + (LONGEST if tree.lookup else 0) for tree in trees)
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
         costs[batch] = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows)
     if 1 in costs:
