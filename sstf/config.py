@@ -18,7 +18,8 @@ from sstf.train.config import TrainConfig
 
 
 class RunConfig(Section):
-    """Everything that decides a run. `output_dir` None means `runs/<name>`.
+    """Everything that decides a run. `output_dir` None means `runs/<name>`; `name` is the run's own. `seed` is of all
+    that is drawn at random.
 
     `serving_context` is how many tokens a conversation will have where the head is served, None for all that the
     target takes. Only the plan reads it, to compare it with `data.max_length`.

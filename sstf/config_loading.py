@@ -102,6 +102,16 @@ def dump(model: Section) -> str:
     return text
 
 
+def inline(value: Any) -> str:
+    """A plain value as YAML on one line, which `load` reads back to the same.
+
+    >>> inline({"kind": "chain", "depth": 3}), inline("1e5"), inline(None)
+    ('{kind: chain, depth: 3}', "'1e5'", 'null')
+    """
+    text: str = yaml.dump(value, Dumper=_InlineDumper, sort_keys=False, allow_unicode=True, width=10**6)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
 # ---- the YAML dialect ------------------------------------------------------------------------------------------------
 
 _SCALARS = {
@@ -139,6 +149,16 @@ class _Dumper(yaml.SafeDumper):
         node = super().represent_sequence(tag, sequence, flow_style)
         node.flow_style = all(isinstance(item, yaml.ScalarNode) for item in node.value)
         return node
+
+
+class _InlineDumper(_Dumper):
+    def represent_sequence(
+        self, tag: str, sequence: Iterable[Any], flow_style: bool | None = None
+    ) -> yaml.SequenceNode:
+        return super(_Dumper, self).represent_sequence(tag, sequence, flow_style=True)
+
+    def represent_mapping(self, tag: str, mapping: Any, flow_style: bool | None = None) -> yaml.MappingNode:
+        return super().represent_mapping(tag, mapping, flow_style=True)
 
 
 # ---- reading and overriding ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from sstf.cli import bench, dashboard, doctor, evaluate, export, parity, publish, pull, reproduce, serve, tune
+from sstf.cli import bench, dashboard, doctor, evaluate, export, init, parity, publish, pull, reproduce, serve, tune
 from sstf.cli.guard import complain, guarded, quiet_libraries
 from sstf.cli.results import results
 
@@ -35,7 +35,7 @@ COMMANDS = {
 }
 # Commands with a module of their own, in the order of `--help`. Its `add(commands)` makes the parser, whose default
 # `work` is `(args, err) -> exit code or None`; what is heavy is imported when it runs.
-MODULES: tuple[ModuleType, ...] = (doctor, parity, publish, pull, reproduce, bench, dashboard, serve, tune)
+MODULES: tuple[ModuleType, ...] = (init, doctor, parity, publish, pull, reproduce, bench, dashboard, serve, tune)
 # Checked by `chat.ChatConfig`, whose defaults these texts repeat.
 CHAT_OPTIONS = (
     ("--policy", "YAML", "how to draft (default: a cost-aware tree with lookup)"),

@@ -107,8 +107,10 @@ Turns = Literal["every", "last", "each"]
 class DataConfig(Section):
     """The data stage.
 
-    `max_length` is in tokens; longer conversations are cut at the end. Samples with fewer than `min_trained_tokens`
-    assistant tokens are dropped. `system_prompt` is used where a conversation has none of its own.
+    `source` is where conversations come from, `answers` who writes what the assistant says in them. At most
+    `max_conversations` are taken; None takes all. `max_length` is in tokens; longer conversations are cut at the end.
+    Samples with fewer than `min_trained_tokens` assistant tokens are dropped. `system_prompt` is used where a
+    conversation has none of its own.
 
     `turns` says which answers of a conversation are trained. `every`: all of them, in one sample; it needs a chat
     template that leaves earlier turns as they are. `last`: the last one only. `each`: all of them, each in a sample of

@@ -18,7 +18,8 @@ PLAIN, NGRAM = "plain", "ngram"  # the free baselines, measured beside every hea
 
 class EvalConfig(Section):
     """`suite` is a name of `suites.NAMED` or a JSONL file; `prompts` takes its first ones, spread over the categories,
-    or over those that `categories` names.
+    or over those that `categories` names. Answers have `max_new_tokens` tokens at most. `temperatures`
+    are measured one after the other. `policies` are the ways to draft that are compared, by name.
 
     Every prompt is decoded by every arm in turn (A B A B), `repeats` times. `batches` are the batch sizes at which the
     cost of passes is measured for the report's figure of speedup against depth.

@@ -32,8 +32,7 @@ from sstf.targets import TargetSpec
 TOKENS = (*MAPS, "mask_token")
 # What a form has to tell of a head.
 SETTINGS = (
-    "block_size", "num_layers", "draft_vocab_size", "intermediate_size", "num_heads", "num_kv_heads", "head_dim",
-    "rms_norm_eps",
+    "block_size", "num_layers", "intermediate_size", "num_heads", "num_kv_heads", "head_dim", "rms_norm_eps",
 )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sstf.config_loading import Section
 from sstf.errors import DamagedDataError, ExportError, HeadError
 from sstf.formats.compatibility import features_of, needs
 from sstf.formats.decoder_layer import layer_fields, written_scaling
@@ -23,7 +24,6 @@ from sstf.formats.layer_ids import IDS, WRITTEN_FOR, Engine, layer_ids
 from sstf.formats.vocabulary_map import MAPS
 from sstf.heads import EagleShape
 from sstf.heads.rope import rope_frequencies
-from sstf.methods import Eagle3Config
 from sstf.methods.checkpoint import StoredHead
 from sstf.methods.eagle3 import Eagle3Method
 
@@ -37,11 +37,9 @@ def write_eagle3(order: Order) -> list[str]:
         raise ExportError(f"the head cannot be exported: it lacks its vocabulary map, {' and '.join(missing)}")
     shape = shape_of(stored)
     check_exportable(stored.tensors, tensor_shapes(shape), "an EAGLE-3 head")
-    sentences = needs(engine, features_of(stored.config, stored.target, full_vocabulary=_is_full(shape)))
+    sentences = needs(engine, features_of(stored.config, stored.target, full_vocabulary=is_full(shape)))
     tensors = {name: tensor if name in MAPS else tensor.to(torch.bfloat16) for name, tensor in stored.tensors.items()}
-    written = {
-        _name(name, engine): tensor for name, tensor in tensors.items() if not (_is_full(shape) and name in MAPS)
-    }
+    written = {_name(name, engine): tensor for name, tensor in tensors.items() if not (is_full(shape) and name in MAPS)}
     if engine == "speculators" and frozen is not None:
         written["embed_tokens.weight"] = frozen.embeddings.detach().cpu().to(torch.bfloat16)
     elif engine == "speculators":
@@ -49,7 +47,7 @@ def write_eagle3(order: Order) -> list[str]:
             *sentences,
             "without the target's embeddings: engines serve it, the speculators library would read zeros for them",
         ]
-    write = _speculators if engine == "speculators" else _eagle
+    write = _speculators if engine == "speculators" else eagle_fields
     write_published(order.folder, write(stored, shape, engine, order.verifier), written)
     _check_written(order.folder, stored, shape, tensors)
     return sentences
@@ -60,7 +58,7 @@ def shape_of(stored: StoredHead) -> EagleShape:
     return Eagle3Method(stored.config).shape(stored.target, len(stored.tensors["d2t"]))
 
 
-def _is_full(shape: EagleShape) -> bool:
+def is_full(shape: EagleShape) -> bool:
     """vLLM has no map in this case and refuses a checkpoint that holds one."""
     return shape.draft_vocab_size == shape.vocab_size
 
@@ -102,11 +100,11 @@ def _turns(shape: EagleShape) -> tuple[Tensor, float]:
 # ---- configurations --------------------------------------------------------------------------------------------------
 
 
-def _flags(config: Eagle3Config) -> dict[str, bool]:
+def _flags(config: Section) -> dict[str, bool]:
     return {name: value for name, value in config if name in FLAGS}
 
 
-def _eagle(stored: StoredHead, shape: EagleShape, engine: Engine, verifier: str | None) -> dict[str, Any]:
+def eagle_fields(stored: StoredHead, shape: EagleShape, engine: Engine, verifier: str | None = None) -> dict[str, Any]:
     """EAGLE's form, which vLLM and SGLang share but for the layer ids. It has no place for the target's name."""
     ids = layer_ids(stored.layers, engine)
     return layer_fields(shape, shape.num_layers) | {

@@ -46,7 +46,7 @@ def read_eagle3(head: Published, target: TargetSpec) -> StoredHead:
     Raises:
         HeadError: it cannot be used here, or is for a target of another shape.
     """
-    tensors = _named_as_ours(head)
+    tensors = named_as_ours(head)
     _check_kind(head, tensors)
     layers, why = read_layers(dict(head.config), target.num_layers)
     settings = _settings(head, layers, target)
@@ -93,7 +93,8 @@ def tensor_shapes(shape: EagleShape) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in head.state_dict().items()}
 
 
-def _named_as_ours(head: Published) -> dict[str, Tensor]:
+def named_as_ours(head: Published) -> dict[str, Tensor]:
+    """Its tensors, by the names that heads here have, without those that do not belong to it."""
     named = {
         "midlayer." + name.removeprefix("layers.0.") if name.startswith("layers.0.") else name: tensor
         for name, tensor in head.tensors.items()

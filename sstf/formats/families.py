@@ -9,7 +9,7 @@ from pydantic import Field
 
 from sstf.config_loading import Section
 from sstf.errors import ExportError, HeadError
-from sstf.formats import block, dspark, eagle, eagle3, medusa
+from sstf.formats import block, dspark, eagle, eagle3, medusa, p_eagle
 from sstf.formats.family import Family, Order
 from sstf.formats.files import open_published
 from sstf.formats.layer_ids import Engine
@@ -22,6 +22,7 @@ FAMILIES: dict[str, Family] = {
     "eagle": eagle.FAMILY,
     "eagle3": eagle3.FAMILY,
     "medusa": medusa.FAMILY,
+    "p_eagle": p_eagle.FAMILY,
 }
 
 

@@ -23,6 +23,14 @@ class Distilled:
     overlap: Float[Tensor, "row"]  # sum_v min(target_probs over the full vocabulary, draft_probs)
 
 
+@dataclass(frozen=True)
+class Added:
+    """What a second matrix adds to the draft logits: states @ weight.T."""
+
+    states: Float[Tensor, "row rank"]
+    weight: Float[Tensor, "draft_vocab rank"]
+
+
 def distill(
     hidden: Float[Tensor, "row hidden"],
     weight: Float[Tensor, "draft_vocab hidden"],
@@ -30,11 +38,14 @@ def distill(
     rows: Int[Tensor, "row"],
     weights: Float[Tensor, "row"],
     objective: Objective,
+    added: Added | None = None,
 ) -> Distilled:
-    """Draft logits = hidden @ weight.T, against the teacher row that `rows` names; see `fused_distill`."""
+    """Draft logits = hidden @ weight.T (+ `added`), against the teacher row that `rows` names; see `fused_distill`."""
     target = teachers(slice(0, int(rows.max()) + 1 if len(rows) else 0))
     target_probs = target.probs[rows]
     logits = F.linear(hidden, weight)
+    if added is not None:
+        logits = logits + F.linear(added.states, added.weight)
     log_probs = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
     overlap = torch.minimum(target_probs, log_probs.exp()).sum(-1)
     if objective.hard:

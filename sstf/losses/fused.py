@@ -20,7 +20,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sstf.losses.eager import Distilled
+from sstf.losses.eager import Added, Distilled
 from sstf.losses.objectives import Objective
 from sstf.losses.teachers import Teacher, Teachers, rows_in_cache
 from sstf.row_blocks import missing
@@ -37,6 +37,7 @@ def fused_distill(
     weights: Float[Tensor, "row"],
     objective: Objective,
     chunk: int = CHUNK,
+    added: Added | None = None,
 ) -> Distilled:
     """Sum of weighted objectives of the draft logits hidden @ weight.T, and what happened in each row.
 
@@ -54,17 +55,20 @@ def fused_distill(
         objective: what to compute.
         chunk: draft rows at once. Memory is about chunk * draft_vocab * (bytes of a logit + 12 * teacher rows / rows),
             besides the weight's gradient in float32.
+        added: to the logits. Where `weight` needs no gradient, that of `added.weight` alone is computed.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
     hidden, given = hidden.to(dtype), len(hidden)
+    if added is not None:  # one product with both matrices side by side
+        hidden = torch.cat([hidden, added.states.to(dtype)], -1)
     # To whole blocks in the last chunk, by rows of no weight whose teacher row is read anyway.
     if lacking := min(missing(given, hidden.device), -given % chunk):
         hidden, weights = F.pad(hidden, (0, 0, 0, lacking)), F.pad(weights, (0, lacking))
         rows = torch.cat([rows, rows.max().expand(lacking)])
     with torch.autocast(kind, enabled=False):
         loss_sum, losses, draft_token, overlap = _FusedDistill.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, teachers, rows, weights, objective, chunk, torch.is_grad_enabled()
+            hidden, weight, added and added.weight, teachers, rows, weights, objective, chunk, torch.is_grad_enabled()
         )
     return Distilled(loss_sum, losses[:given], draft_token[:given], overlap[:given])
 
@@ -72,12 +76,18 @@ def fused_distill(
 class _FusedDistill(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, teachers: Teachers, rows: Tensor, weights: Tensor,
-        objective: Objective, chunk: int, graph: bool,
+        ctx: Any, hidden: Tensor, weight: Tensor, more: Tensor | None, teachers: Teachers, rows: Tensor,
+        weights: Tensor, objective: Objective, chunk: int, graph: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         # `graph`: a leaf needs its gradient under `no_grad` too, so validation would compute it for nothing.
-        wanted = (graph and ctx.needs_input_grad[0], graph and ctx.needs_input_grad[1])
-        work = _Work(hidden, weight, objective, chunk, wanted)
+        of_hidden, of_weight, of_more = (graph and needed for needed in ctx.needs_input_grad[:3])
+        ctx.widths = [weight.shape[1], 0 if more is None else more.shape[1]]
+        low = weight.to(hidden.dtype)
+        if more is not None:
+            low = torch.cat([low, more.to(hidden.dtype)], 1)
+        # Columns whose gradient is wanted.
+        trained = slice(0 if of_weight else ctx.widths[0], sum(ctx.widths) if of_more else ctx.widths[0])
+        work = _Work(hidden, low, objective, chunk, of_hidden, trained)
         order = rows.argsort(stable=True)
         ordered = rows[order]
         # The one wait for the device: the teacher rows at both ends of each chunk.
@@ -86,7 +96,7 @@ class _FusedDistill(torch.autograd.Function):
         for i, (first, last) in enumerate(zip(firsts, lasts, strict=False)):
             part = slice(i * chunk, (i + 1) * chunk)
             work.add(order[part], ordered[part] - first, teachers(slice(first, last + 1)), weights)
-        ctx.gradients = (work.grad_hidden, work.grad_weight)
+        ctx.gradients, ctx.wanted = (work.grad_hidden, work.grad_weight), (of_weight, of_more)
         ctx.mark_non_differentiable(work.losses, work.draft_token, work.overlap)
         return (work.losses * weights).sum(), work.losses, work.draft_token, work.overlap
 
@@ -95,9 +105,14 @@ class _FusedDistill(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the gradient of fused_distill was already handed out; compute the loss again")
         # Scaled in place and let go: the weight's gradient is the largest tensor here.
-        gradients = [one if one is None else one.mul_(grad_loss) for one in ctx.gradients]
+        of_hidden, of_weights = [one if one is None else one.mul_(grad_loss) for one in ctx.gradients]
         ctx.gradients = None
-        return (*gradients, *(None,) * 6)
+        parts: list[Tensor | None] = [None, None]
+        if of_weights is not None:
+            widths = [width for width, wanted in zip(ctx.widths, ctx.wanted, strict=True) if wanted]
+            found = iter(of_weights.split(widths, 1))
+            parts = [next(found) if wanted else None for wanted in ctx.wanted]
+        return (of_hidden, *parts, *(None,) * 6)
 
 
 @dataclass(frozen=True)
@@ -114,14 +129,15 @@ class _Work:
     """One call: what every chunk reads, the room that they share, and what they add to."""
 
     def __init__(
-        self, hidden: Tensor, weight: Tensor, objective: Objective, chunk: int, wanted: tuple[bool, bool]
+        self, hidden: Tensor, low: Tensor, objective: Objective, chunk: int, of_hidden: bool, trained: slice
     ) -> None:
-        vocab, chunk = len(weight), min(chunk, len(hidden))
+        vocab, chunk = len(low), min(chunk, len(hidden))
         wide = torch.promote_types(hidden.dtype, torch.float32)
         self.hidden, self.objective = hidden, objective
-        self.low = weight.to(hidden.dtype)
-        self.grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-        self.grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        self.low, self.trained = low, trained
+        self.grad_hidden = torch.empty_like(hidden) if of_hidden else None
+        columns = trained.stop - trained.start
+        self.grad_weight = low.new_zeros(vocab, columns, dtype=wide) if columns > 0 else None
         self.losses = hidden.new_empty(len(hidden), dtype=wide)
         self.overlap = torch.empty_like(self.losses)
         self.draft_token = torch.empty_like(self.losses, dtype=torch.int64)
@@ -154,7 +170,7 @@ class _Work:
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, part, (logits @ self.low).mul_(share))
         if self.grad_weight is not None:
-            self._add_to_weight(logits, states.mul_(share), self.grad_weight)
+            self._add_to_weight(logits, states[:, self.trained].mul_(share), self.grad_weight)
 
     def _block(self, target_probs: Tensor, logits: Tensor, rows: Tensor, scale: Tensor, label: Tensor) -> _Rows:
         """Go through a few rows in cache; `logits` become the gradient of the unweighted losses."""

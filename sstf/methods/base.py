@@ -74,6 +74,10 @@ class DraftMethod(Protocol):
     def limits(self) -> DraftLimits:
         """What it can draft; a policy beyond it is refused before work."""
 
+    @property
+    def shared_layers(self) -> int:
+        """How many of the target's first layers drafting runs, in verification's stead; 0 for a body of its own."""
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """Which target layers it reads. Raises ConfigError when the target lacks them."""
 

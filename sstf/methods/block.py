@@ -22,7 +22,7 @@ from sstf.errors import ConfigError
 from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import BlockHead, BlockShape
-from sstf.losses import CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
+from sstf.losses import Added, CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
 from sstf.methods.base import WHOLE_VOCABULARY, News
 from sstf.methods.supervision import teachers_over
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
@@ -212,13 +212,14 @@ class Judged:
             weights: [valid drafts].
             low_rank: [valid drafts, rank], of a head with a correction; None leaves that out.
         """
-        states, weight = self.of_valid(self.hidden), self.head.lm_head
+        added = None
         if low_rank is not None:
             assert self.head.correction is not None
-            # One product with both: lm_head . hidden + correction . low_rank.
-            states = torch.cat([states, low_rank.to(states.dtype)], -1)
-            weight = torch.cat([weight.to(self.head.correction.dtype), self.head.correction], 1)
-        return fused_distill(states, weight, self._teachers, self._teacher_rows, weights, objective, self.loss_rows)
+            added = Added(low_rank, self.head.correction)
+        return fused_distill(
+            self.of_valid(self.hidden), self.head.lm_head, self._teachers, self._teacher_rows, weights, objective,
+            self.loss_rows, added,
+        )  # fmt: skip
 
     def weights(self, how: PositionWeights, low_rank: Tensor | None = None) -> Tensor:
         """[valid drafts] by position; those that depend on the draft's present chances look at them first."""

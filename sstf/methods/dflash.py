@@ -64,6 +64,11 @@ class DFlashMethod:
         """A block is all that can be drafted."""
         return DraftLimits(depth=self.positions)
 
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """See `BlockConfig.layers`."""
         return block_features(self.config, target)

@@ -74,6 +74,11 @@ class EagleMethod:
         """None: the head feeds itself."""
         return DraftLimits()
 
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The last layer, whose output the head norms itself."""
         return FeatureSpec((target.num_layers - 1,))

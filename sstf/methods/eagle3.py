@@ -73,7 +73,7 @@ class Eagle3Config(Section):
         """A shape that is left as it is is not written: what is keyed by a configuration keeps its key."""
         fields: dict[str, Any] = dump(self)
         if self.num_layers == 1:
-            fields.pop("num_layers", None)  # part of a dump may be asked for
+            fields.pop("num_layers", None)  # a part of the fields may be asked for
         return {name: value for name, value in fields.items() if name not in SHAPE_FIELDS or value not in (None, False)}
 
 
@@ -118,6 +118,11 @@ class Eagle3Method:
     def limits(self) -> DraftLimits:
         """None: the head feeds itself."""
         return DraftLimits()
+
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has a layer of its own."""
+        return 0
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""

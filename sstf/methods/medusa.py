@@ -32,7 +32,8 @@ class MedusaConfig(Section):
     without.
 
     `lm_head` `shared` reads every head through the target's frozen lm_head; `own` trains one for each, as published:
-    heads * draft_vocab_size * hidden parameters. `draft_vocab_size` None is the target's whole vocabulary.
+    heads * draft_vocab_size * hidden parameters. `draft_vocab_size` None is the target's whole vocabulary. The loss of
+    each head counts `decay` times that of the one before. `objective` is what each is trained for.
     """
 
     kind: Literal["medusa"] = "medusa"
@@ -72,6 +73,11 @@ class MedusaMethod:
     def limits(self) -> DraftLimits:
         """A level a head."""
         return DraftLimits(depth=self.config.heads)
+
+    @property
+    def shared_layers(self) -> int:
+        """None: the heads have blocks of their own."""
+        return 0
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The last layer, whose output the final norm and lm_head read."""

@@ -48,6 +48,11 @@ class NgramMethod:
         """Chains."""
         return DraftLimits(trees=False)
 
+    @property
+    def shared_layers(self) -> int:
+        """None: it reads tokens alone."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """No layers: it reads tokens alone."""
         return FeatureSpec()

@@ -87,6 +87,11 @@ class PEagleMethod:
         """As deep as it was trained; children of one level share its distribution."""
         return DraftLimits(depth=self.config.depth)
 
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high.
 
@@ -100,16 +105,20 @@ class PEagleMethod:
             )
         return fused_layers(self.config.layers, target)
 
-    def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> PEagleHead:
-        """A new head; lm_head rows come from the target's."""
-        shape = EagleShape(
+    def mask_token(self, target: TargetSpec) -> int:
+        """See `PEagleConfig`."""
+        return target.vocab_size - 1 if self.config.mask_token is None else self.config.mask_token
+
+    def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
+        """Of the head for a target."""
+        return EagleShape(
             hidden_size=target.hidden_size,
             taps=target.hidden_size * len(self.feature_spec(target).layers),
             num_heads=target.num_heads,
             num_kv_heads=target.num_kv_heads,
             head_dim=target.head_dim,
             intermediate_size=target.intermediate_size,
-            draft_vocab_size=len(draft_tokens),
+            draft_vocab_size=draft_vocab_size,
             vocab_size=target.vocab_size,
             rms_norm_eps=target.rms_norm_eps,
             rope_theta=target.rope_theta,
@@ -117,8 +126,11 @@ class PEagleMethod:
             rope_scaling=target.rope_scaling,
             num_layers=self.config.num_layers,
         )
-        mask_token = target.vocab_size - 1 if self.config.mask_token is None else self.config.mask_token
-        head = PEagleHead(shape, frozen.embeddings, draft_tokens, mask_token)
+
+    def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> PEagleHead:
+        """A new head; lm_head rows come from the target's."""
+        shape = self.shape(target, len(draft_tokens))
+        head = PEagleHead(shape, frozen.embeddings, draft_tokens, self.mask_token(target))
         nn.init.normal_(head.mask_hidden, std=0.02)
         initialise(head, frozen, self.config.init)
         return head

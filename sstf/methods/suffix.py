@@ -54,6 +54,11 @@ class SuffixMethod:
         """None: a text may have gone on in several ways, for any length."""
         return DraftLimits()
 
+    @property
+    def shared_layers(self) -> int:
+        """None: it reads tokens alone."""
+        return 0
+
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """No layers: it reads tokens alone."""
         return FeatureSpec()

@@ -44,11 +44,17 @@ class Probe:
         self.batches: list[FeatureBatch] = [to_device(source.batch([i]), target.device) for i in range(len(texts))]
         self.rows = [rows_of(batch) for batch in self.batches]
 
-    def anchors(self, i: int, positions: int) -> Tensor:
-        """Which rows of a text, [row] bool, have a chain of so many tokens that lies wholly in its answer."""
+    def anchors(self, i: int, hits: Tensor) -> Tensor | None:
+        """Places among the rows of a text, [anchors] int64, of the chains that a loss counted in it, [position,
+        anchors]: those that lie wholly in its answer. A method that reads a state of the next row has none at the last.
+
+        None where there are other numbers of them.
+        """
         batch, rows = self.batches[i], self.rows[i]
-        ahead, there = rows_ahead(batch.lengths, positions, rows.device)
-        return (there & batch.loss_mask[ahead]).all(0)[rows]
+        ahead, there = rows_ahead(batch.lengths, len(hits), rows.device)
+        found = (there & batch.loss_mask[ahead]).all(0)[rows].nonzero()[:, 0]
+        counted = hits.shape[1]
+        return found[:counted] if len(found) - 1 <= counted <= len(found) else None
 
     def hits(self, drafted: Tensor, i: int) -> Tensor:
         """Which drafts, [position, row] target ids, are the target's own tokens."""
@@ -113,9 +119,10 @@ def _emitted(passes: Sequence[Sequence[int]]) -> list[Emitted]:
 def _replayed_hits(probe: Probe, i: int, hits: Tensor) -> list[int]:
     """What decoding would emit while it stands at anchors: behind the last of them the loss counts no whole chain."""
     depth = min(probe.depth, len(hits))
-    rows = probe.rows[i][probe.anchors(i, len(hits))]
-    if hits.shape[1] != len(rows):
+    places = probe.anchors(i, hits)
+    if places is None:
         return []
+    rows = probe.rows[i][places]
     own = torch.tensor(probe.texts[i].ids, device=rows.device)
     wanted = own[rows + 2 + torch.arange(depth, device=rows.device)[:, None]]
     return replayed(torch.where(hits[:depth], wanted, NOTHING), rows, probe.texts[i])

@@ -159,7 +159,7 @@ def _loss_rung(probe: Probe, form: Form) -> Rung:
 
 def _odd_texts(probe: Probe, counted: Sequence[Tensor]) -> list[int]:
     """Those of which a loss counts more or fewer chains than lie wholly in their answers."""
-    return [i for i, hits in enumerate(counted) if hits.shape[1] != int(probe.anchors(i, len(hits)).sum())]
+    return [i for i, hits in enumerate(counted) if probe.anchors(i, hits) is None]
 
 
 def _same_hits(probe: Probe, form: Form, counted: Sequence[Tensor], whole: bool = False) -> float:
@@ -175,9 +175,9 @@ def _same_hits(probe: Probe, form: Form, counted: Sequence[Tensor], whole: bool 
     same = total = 0
     for i, hits in enumerate(counted):
         depth = min(probe.depth, len(hits))
-        drafted = form.trace(i).drafted[:depth, probe.anchors(i, len(hits))]
-        own = probe.hits(form.trace(i).drafted[:depth], i)[:, probe.anchors(i, len(hits))]
-        theirs, made = hits[:depth], drafted != NOTHING
+        places, drafted = probe.anchors(i, hits), form.trace(i).drafted[:depth]
+        own, made = probe.hits(drafted, i)[:, places], drafted[:, places] != NOTHING
+        theirs = hits[:depth]
         if not whole:
             own, theirs = own.cumprod(0).bool(), theirs.cumprod(0).bool()
         same += int(((own == theirs) & made).sum())

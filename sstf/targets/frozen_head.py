@@ -7,7 +7,8 @@ initialising a head) travel with the feature store, so that training never loads
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import copy
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +120,19 @@ def final_norm(decoder: nn.Module, name: str) -> nn.Module:
     return norms[0]
 
 
+def is_plain(norm: nn.Module, size: int, eps: float) -> bool:
+    """Whether a norm is an RMSNorm times its weight: tried on a copy, so that its weights need not be in memory."""
+    copied = copy.deepcopy(norm).to_empty(device="cpu").float()
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for parameter in copied.parameters():
+            parameter.copy_(torch.rand(parameter.shape, generator=generator))
+        weight = next(copied.parameters())
+        x = torch.randn(2, size, generator=generator)
+        found = copied(x)
+        return weight.shape == (size,) and torch.allclose(found, F.rms_norm(x, (size,), weight, eps), atol=1e-4)
+
+
 def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name: str) -> FrozenHead:
     """Take the frozen parts from a loaded transformers model, and check that they reproduce its logits.
 
@@ -148,12 +162,12 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
         read(layers[-1]),
         float(fields.get("final_logit_softcapping") or 0.0),
         float(scale),
+        is_plain(norm, config.hidden_size, fields.get("rms_norm_eps") or 1e-6),  # as `TargetSpec` has it
     )
     with torch.inference_mode():
         # A spread model takes its input from any device, and only its offloaded weights are on none.
         device = "cpu" if output.weight.is_meta else output.weight.device
         probe = torch.arange(8, device=device)[None] % config.vocab_size
-        frozen = replace(frozen, rms_norm=_is_rms_norm(norm, frozen, fields.get("rms_norm_eps") or 1e-6, device))
         expected = model(probe, use_cache=False).logits.float()
         found = frozen.logits(decoder(probe, use_cache=False).last_hidden_state).to(expected.device)
     error = float((expected - found).abs().max() / expected.abs().max().clamp_min(1e-6))
@@ -163,15 +177,3 @@ def read_frozen_head(model: Any, decoder: nn.Module, layers: nn.ModuleList, name
             "maximum; this architecture transforms its logits in a way that is not supported yet"
         )
     return frozen
-
-
-def _is_rms_norm(norm: nn.Module, frozen: FrozenHead, eps: float, device: torch.device | str) -> bool:
-    """Whether a module does what `FrozenHead.rms_norm` says, tried on states that are not centred."""
-    weight = frozen.final_norm.float().cpu()
-    if weight.shape != frozen.embeddings.shape[1:]:
-        return False
-    x = 1 + 2 * torch.randn(8, len(weight), generator=torch.Generator().manual_seed(0))
-    x = x.to(frozen.final_norm.dtype)
-    expected = F.rms_norm(x.float(), weight.shape, weight, eps)
-    found = norm(x.to(device)).float().cpu()
-    return bool((found - expected).norm() <= 0.02 * expected.norm())

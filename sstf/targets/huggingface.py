@@ -34,7 +34,8 @@ Dtype = Literal["bfloat16", "float16", "float32"]
 
 
 class TargetConfig(Section):
-    """Which model is frozen. `name` is an embedded name, a local folder or a hub id.
+    """Which model is frozen. `name` is an embedded name, a local folder or a hub id. `dtype` is what it runs in; where
+    it is served it should be the same. `device` `auto` is the GPU where there is one.
 
     `device_map` spreads a model that is too big for one device (see `placement`), in place of `device`.
     """

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from sstf.errors import TargetError
+from sstf.targets.cache import layer_kinds
 from sstf.targets.embedded import locate
-from sstf.targets.frozen_head import FrozenHead
+from sstf.targets.frozen_head import FrozenHead, final_norm, is_plain
 from sstf.targets.huggingface import TargetConfig
 from sstf.targets.placement import decoder_layers
 from sstf.targets.spec import TargetSpec, spec_of
@@ -25,6 +26,7 @@ class TargetOutline:
     tokenizer: PreTrainedTokenizerBase
     parameters: int
     frozen: FrozenHead
+    recurrent: bool  # see `Target.recurrent`
 
 
 def outline(config: TargetConfig) -> TargetOutline:
@@ -63,5 +65,7 @@ def outline(config: TargetConfig) -> TargetOutline:
             rows if output is embeddings else output.detach(),  # tied weights are one tensor
             rows.new_empty(spec.hidden_size),
             {name: parameter.detach() for name, parameter in layers[-1].named_parameters()},
+            rms_norm=is_plain(final_norm(model.get_decoder(), config.name), spec.hidden_size, spec.rms_norm_eps),
         ),
+        "recurrent" in layer_kinds(read),
     )

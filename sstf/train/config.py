@@ -30,7 +30,8 @@ _Optimizer = Annotated[Annotated[AdamWConfig, Tag("adamw")] | Annotated[MuonConf
 
 
 class TrainConfig(Section):
-    """Give `epochs` or `steps`, not both.
+    """Give `epochs` or `steps`, not both. `optimizer` names the kind and its settings, `precision` is that of forward
+    and backward; weights and moments are float32. `validation_conversations` are held out, to choose the best head.
 
     An optimiser step takes whole conversations of up to `step_tokens` tokens, over ALL processes. `batch_tokens` is how
     many of them one process computes at once (`auto`: as many as its memory holds); it changes rounding only.

@@ -11,7 +11,7 @@ from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from sstf.data.progress import NoProgress
-from sstf.methods import DFlashConfig, DSparkConfig, Eagle3Config, EagleConfig, MedusaConfig
+from sstf.methods import DFlashConfig, DSparkConfig, Eagle3Config, EagleConfig, MedusaConfig, PEagleConfig
 from sstf.parity.ladder import ParitySettings, climb
 from sstf.targets import Target, load_target
 
@@ -22,6 +22,7 @@ METHODS: dict[str, Any] = {
     "medusa": MedusaConfig(heads=3),
     "eagle": EagleConfig(ttt_steps=3, token_weight=1.0),
     "eagle3": Eagle3Config(ttt_steps=3, num_layers=2, draft_vocab_size=200),
+    "p_eagle": PEagleConfig(num_layers=2, depth=3, draft_vocab_size=200),
     "dspark": DSparkConfig(block_size=3, num_layers=1, layers=(1, 3, 5), rank=8, verify_above=0),
     "dflash": DFlashConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),
 }

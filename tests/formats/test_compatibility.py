@@ -65,6 +65,7 @@ def test_every_feature_has_a_fact_for_every_engine_and_a_source() -> None:
         "layers_of_deepseek",
         "batch_schedule",
         "eagle",
+        "p_eagle",
         "several_layers",
         "medusa",
         "dflash",

@@ -10,7 +10,7 @@ import torch
 from loss_cases import OBJECTIVES, rows_of
 from torch import Tensor
 
-from sstf.losses import Distilled, Kl, LkHybrid, Objective, Teacher, Teachers, distill, fused_distill, teacher
+from sstf.losses import Added, Distilled, Kl, LkHybrid, Objective, Teacher, Teachers, distill, fused_distill, teacher
 from sstf.losses import fused as fused_module
 from sstf.losses import teachers as teachers_module
 
@@ -54,6 +54,28 @@ def test_fused_is_eager(objective: Objective, chunk: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(fused_module, "TOKENS", 4)
     assert_same(random_case(4, 3), objective, chunk, atol=1e-5, rtol=1e-5)
     assert_same(random_case(4, 3, torch.float64), objective, chunk, atol=1e-12, rtol=1e-10)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_second_matrix_adds_to_the_logits(frozen: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the first one frozen (its gradient is then not computed) or trained."""
+    monkeypatch.setattr(fused_module, "TOKENS", 4)
+    hidden, weight, *rest = random_case(4, 3, dtype)
+    generator = torch.Generator().manual_seed(9)
+    states = torch.randn(len(hidden), 3, generator=generator, dtype=dtype).requires_grad_()
+    second = torch.randn(11, 3, generator=generator, dtype=dtype).requires_grad_()
+    weight = weight.detach() if frozen else weight
+    leaves = [hidden, states, second] + ([] if frozen else [weight])
+    for objective in OBJECTIVES:
+        eager = distill(hidden, weight, *rest, objective, Added(states, second))
+        fused = fused_distill(hidden, weight, *rest, objective, 5, Added(states, second))
+        for name in ("loss_sum", "losses", "draft_token", "overlap"):
+            torch.testing.assert_close(getattr(fused, name), getattr(eager, name), atol=1e-5, rtol=1e-5, msg=name)
+        for found, expected in zip(gradients(fused, *leaves), gradients(eager, *leaves), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    other = distill(hidden, weight, *rest, OBJECTIVES[0])
+    assert not torch.allclose(other.losses, distill(hidden, weight, *rest, OBJECTIVES[0], Added(states, second)).losses)
 
 
 def test_fused_is_eager_where_blocks_have_their_real_size() -> None:

@@ -31,7 +31,7 @@ from sstf.errors import ConfigError
 from sstf.features import FeatureSpec
 from sstf.methods import DFlashConfig, TrainableMethod, build_method
 from sstf.methods.base import WHOLE_VOCABULARY, DraftLimits
-from sstf.methods.block import draw_blocks
+from sstf.methods.block import default_layers, draw_blocks
 from sstf.methods.checkpoint import bind, read_head, save_head
 from sstf.methods.dflash import DFlashMethod
 from sstf.targets import Target
@@ -58,6 +58,15 @@ def test_what_it_offers(tiny_target: Target) -> None:
     assert make_method(layers=(6, 2)).feature_spec(tiny_target.spec) == FeatureSpec((2, 6))
     head = method.build_head(tiny_target.spec, tiny_target.frozen_head, torch.arange(300))
     assert head.lm_head is tiny_target.frozen_head.lm_head  # shared, not copied
+
+
+@pytest.mark.parametrize(
+    ("depth", "layers"),
+    [(36, (1, 9, 17, 25, 33)), (28, (1, 7, 13, 19, 25)), (8, (1, 2, 3, 4, 5)), (5, (1, 2)), (4, (2,)), (1, (0,))],
+)
+def test_default_layers(depth: int, layers: tuple[int, ...]) -> None:
+    """Those of the published checkpoints for Qwen3-8B and 1.7B; fewer where they would not differ."""
+    assert default_layers(depth) == layers
 
 
 def test_settings_that_contradict_the_target(tiny_target: Target) -> None:

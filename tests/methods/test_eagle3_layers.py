@@ -53,6 +53,7 @@ def random_head(target: Target, **changes: object) -> Eagle3Head:
 
 def test_a_number_of_layers_that_is_one_is_not_written() -> None:
     assert "num_layers" not in Eagle3Config().model_dump(mode="json")
+    assert Eagle3Config().model_dump(mode="json", include={"kind", "layers"}) == {"kind": "eagle3", "layers": None}
     several = Eagle3Config(num_layers=3)
     assert several.model_dump(mode="json")["num_layers"] == 3
     assert Eagle3Config.model_validate_json(several.model_dump_json()) == several

@@ -17,7 +17,16 @@ from sstf.data.progress import NoProgress
 from sstf.errors import HeadError
 from sstf.features import ExtractConfig, FeatureStore, extract
 from sstf.formats import Engine, engines_of, export_head, needs_target
-from sstf.methods import DFlashConfig, DominoConfig, DSparkConfig, Eagle3Config, EagleConfig, MedusaConfig, build_method
+from sstf.methods import (
+    DFlashConfig,
+    DominoConfig,
+    DSparkConfig,
+    Eagle3Config,
+    EagleConfig,
+    MedusaConfig,
+    PEagleConfig,
+    build_method,
+)
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import read_head
 from sstf.methods.medusa import MedusaDrafter, MedusaMethod
@@ -31,6 +40,7 @@ LEARNED: dict[str, Any] = {
     "medusa": MedusaConfig(heads=3),
     "eagle3": Eagle3Config(num_layers=2, ttt_steps=3, draft_vocab_size=200),  # of one layer, more is seen
     "eagle": EagleConfig(ttt_steps=3),
+    "p_eagle": PEagleConfig(num_layers=1, depth=3, draft_vocab_size=200),
     "dspark": DSparkConfig(block_size=3, num_layers=1, layers=(1, 3, 5), rank=8),
     "domino": DominoConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),
     "dflash": DFlashConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),
@@ -103,7 +113,7 @@ def test_a_loss_that_counts_other_chains(
 
     def fewer(self: MedusaMethod, head: torch.nn.Module, batch: FeatureBatch, frozen: Any) -> StepOutput:
         found = loss(self, head, batch, frozen)
-        return replace(found, chain_hits=found.chain_hits[:, 1:])
+        return replace(found, chain_hits=found.chain_hits[:, 2:])
 
     monkeypatch.setattr(MedusaMethod, "loss", fewer)
     rung = climbed(heads("medusa"), tiny_target, engines=()).rungs[0]

@@ -26,7 +26,7 @@ from sstf.chat import Chat, ChatConfig, converse, introduce, open_chat
 from sstf.cli import CHAT_OPTIONS, main
 from sstf.config_loading import load_options
 from sstf.data.chat_template import render_prompt
-from sstf.decode import Experience, SpeculativeDecoder
+from sstf.decode import AnyPolicy, Experience, SpeculativeDecoder
 from sstf.decode.text_stream import TextStream
 from sstf.errors import ConfigError, DecodeError, HeadError
 from sstf.formats import find_head
@@ -454,6 +454,19 @@ def test_a_run_stands_for_its_head(folder: Path, tmp_path: Path) -> None:
     train("c")
     with pytest.raises(HeadError, match=r"holds 2 finished heads; name one: .*b/head, .*c/head"):
         find_head(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "policy"), [("ngram", Chain(depth=8, lookup=True)), ("suffix", CostAwareTree(lookup=True))]
+)
+def test_methods_that_need_no_head(name: str, policy: AnyPolicy, folder: Path, target: Target) -> None:
+    """Chosen by name; drafted as well as the method can."""
+    chat = open_chat(name, ChatConfig(max_new_tokens=20), target_name=str(folder / "target"))
+    assert chat.decoder.policy == policy and name in chat.drafter
+    chat.ask("Hello")
+    assert chat.history[-1].content == plain_answers(target, ["Hello"], 20)[0]
+    with pytest.raises(HeadError):  # it needs one
+        open_chat("medusa", ChatConfig(), target_name=str(folder / "target"))
 
 
 def test_experience_is_used(folder: Path, tmp_path: Path) -> None:

@@ -20,13 +20,13 @@ from sstf.train.trainer import Trainer
 from sstf.trees import Chain, DynamicTree
 from sstf.types import TokenSample
 
-SHAPE = {"layers": (1, 3, 4), "num_layers": 2, "block_size": 4}
+SHAPE = {"layers": (1, 3, 4), "num_layers": 1, "block_size": 4}
 KINDS: dict[str, Any] = {
     "dflash": DFlashConfig(**SHAPE),
     "dflash-d-pace": DFlashConfig(**SHAPE, weights={"kind": "d_pace"}),
     "domino": DominoConfig(**SHAPE, gru_size=32, rank=16),
     # The tiny target is unsure of its own tokens; so are confidences, which learn overlaps, and nodes of a small tree.
-    "dspark": DSparkConfig(**(SHAPE | {"block_size": 3}), rank=16, verify_above=0.0),
+    "dspark": DSparkConfig(**(SHAPE | {"block_size": 3, "num_layers": 2}), rank=16, verify_above=0.0),
 }
 
 
@@ -68,3 +68,22 @@ def test_a_run_in_two_parts_is_the_run(kind: str, store: FeatureStore, tmp_path:
     first._checkpoint()
     make(kind, store, tmp_path / "parts", config).run(NoProgress(), "tiny", {})
     assert head_bytes(tmp_path / "whole") == head_bytes(tmp_path / "parts")
+
+
+def test_batches_say_how_far_the_training_is(store: FeatureStore, tmp_path: Path) -> None:
+    """For losses that change on the way: 0 in the first step; outside of a training, the loss that it ends with."""
+    trainer = make("domino", store, tmp_path, train_config(steps=8))
+    found = [{batch.progress for batch, _ in trainer.feed.step(step)} for step in (0, 1, 6)]
+    assert found == [{0.0}, {1 / 8}, {6 / 8}]
+    assert {batch.progress for batch in trainer.feed.once([0, 1, 2])} == {1.0}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_bf16_learns_the_same(kind: str, store: FeatureStore, tmp_path: Path) -> None:
+    """The gradient of a step is that of float32 but for rounding; the masters stay float32."""
+    norms = []
+    for precision in ("fp32", "bf16"):
+        trainer = make(kind, store, tmp_path / precision, train_config(precision=precision, step_tokens=256))
+        norms.append(trainer.train_step()["grad_norm"])
+        assert {p.dtype.itemsize for p in trainer.module.head.parameters()} == {4}
+    assert norms[1] == pytest.approx(norms[0], rel=0.03)
