@@ -135,6 +135,8 @@ def mask_token_of(config: BlockConfig, embeddings: Tensor) -> int:
     """See `BlockConfig`."""
     if config.mask_token_id is not None:
         return config.mask_token_id
+    if embeddings.is_meta:  # a head that is only counted
+        return 0
     size = torch.cat([rows.float().norm(dim=-1) for rows in embeddings.split(8192)])
     return int(size.masked_fill(size < 0.1 * size.median(), float("inf")).argmin())
 
