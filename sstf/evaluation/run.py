@@ -440,6 +440,6 @@ def _costs(setting: Setting, hosts: dict[str, float]) -> dict[int, CostModel]:
         return {}
     decoder, costs = setting.arms[arm], {}
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
-        found = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1)
+        found = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1, split=decoder.split)
         costs[batch] = CostModel(found.verify_s, found.draft_s, max(0.0, hosts[arm]), max(0.0, hosts[PLAIN]))
     return costs

@@ -22,7 +22,7 @@ from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import Eagle3Head, EagleShape, FusedEagle
 from sstf.losses import CHUNK, Kl, Objective, Teacher, Teachers, fused_distill, teacher, top_k_teacher
-from sstf.methods.base import DraftLimits, News
+from sstf.methods.base import DraftLimits, News, ShallowPasses
 from sstf.row_blocks import filled, missing
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
@@ -120,6 +120,11 @@ class Eagle3Method:
     def limits(self) -> DraftLimits:
         """None: the head feeds itself."""
         return DraftLimits()
+
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has a layer of its own."""
+        return 0
 
     def feature_spec(self, target: TargetSpec) -> FeatureSpec:
         """The configured layers, or low / middle / high."""
@@ -285,7 +290,7 @@ class Eagle3Drafter:
         device = self.draft_tokens.device
         self.graphs = GraphRunner(device) if device.type == "cuda" else None
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`. A cache that is large enough stays, and with it the graphs over its memory."""
         fits = len(self.lengths) == slots and self.cache.capacity >= capacity
         self.lengths = [0] * slots
