@@ -1,0 +1,113 @@
+"""Which rows a method's loss learns from, by whom they are taught, and what the loss reports. Shared by methods whose
+draft position i at row t is taught by the teacher of row t + i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Int
+from torch import Tensor
+
+from sstf.features.dataset import rows_ahead
+from sstf.losses import Distilled, Teacher, Teachers, teacher, top_k_teacher
+from sstf.row_blocks import filled, missing
+from sstf.targets import FrozenHead
+from sstf.types import FeatureBatch, HiddenTeacher, StepOutput, TeacherRows
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Of a batch. A pair (position, row) is taught where `valid` is True."""
+
+    ahead: Int[Tensor, "position seq"]  # the row that teaches, see `rows_ahead`
+    there: Bool[Tensor, "position seq"]  # whether it exists in the document
+    supervised: Bool[Tensor, "seq"]  # written by the assistant, and its teacher's token is in the draft vocabulary
+    valid: Bool[Tensor, "position seq"]
+
+    @property
+    def teacher_rows(self) -> Int[Tensor, "row"]:
+        """Of each valid pair, among the teachers that `teachers_over` makes for `supervised`."""
+        return (self.supervised.cumsum(0) - 1)[self.ahead[self.valid]]
+
+
+def supervise(batch: FeatureBatch, positions: int, t2d: Bool[Tensor, "vocab"]) -> Supervision:
+    """All pairs that the batch can teach."""
+    ahead, there = rows_ahead(batch.lengths, positions, batch.loss_mask.device)
+    supervised = batch.loss_mask & t2d[batch.teacher_token.clamp_min(0)]
+    return Supervision(ahead, there, supervised, there & supervised[ahead])
+
+
+def outcome(
+    batch: FeatureBatch,
+    taught: Supervision,
+    result: Distilled,
+    draft_tokens: Tensor,
+    drafted: Bool[Tensor, "seq"] | None = None,
+) -> StepOutput:
+    """What `loss` returns, from the results of the valid pairs, ordered by position and row.
+
+    Chains are those that lie wholly in supervised text, at anchors where `drafted` (None: everywhere); a token outside
+    the draft vocabulary is a miss.
+    """
+    ahead, valid = taught.ahead, taught.valid
+    counts = valid.sum(-1)
+    hits = torch.zeros_like(valid)
+    hits[valid] = draft_tokens[result.draft_token] == batch.teacher_token[ahead[valid]]
+    whole = (taught.there & batch.loss_mask[ahead]).all(0)
+    if drafted is not None:
+        whole &= drafted
+    lengths = counts.tolist()
+    return StepOutput(
+        loss=result.loss_sum,
+        valid=counts.float(),
+        losses=torch.stack([part.sum() for part in result.losses.split(lengths)]),
+        hits=hits.sum(-1).float(),
+        overlap=torch.stack([part.sum() for part in result.overlap.split(lengths)]),
+        chain_hits=hits[:, whole],
+    )
+
+
+def in_blocks(batch: FeatureBatch) -> FeatureBatch:
+    """With a document behind the others that teaches nothing, so that the rows are whole blocks (`row_blocks`)."""
+    lacking = missing(len(batch.input_ids), batch.input_ids.device)
+    if not lacking:
+        return batch
+    return dataclasses.replace(
+        batch,
+        features=filled(batch.features),
+        input_ids=filled(batch.input_ids),
+        teacher_token=filled(batch.teacher_token),
+        labels=filled(batch.labels),
+        loss_mask=filled(batch.loss_mask),
+        lengths=(*batch.lengths, lacking),
+    )
+
+
+def rows_in_blocks(taught: Bool[Tensor, "seq"]) -> Int[Tensor, "row"]:
+    """Places of the rows that are True, and of as many others as their blocks have room for; ascending."""
+    lacking = missing(int(taught.sum()), taught.device)
+    return torch.cat([taught.nonzero()[:, 0], (~taught).nonzero()[:lacking, 0]]).sort().values
+
+
+def teachers_over(draft_tokens: Tensor, given: TeacherRows, rows: Tensor, frozen: FrozenHead) -> Teachers:
+    """Makes the target's distributions over the draft vocabulary, of the teacher's rows where `rows` [row] is True."""
+    if isinstance(given, HiddenTeacher):
+        hidden, lse = given.hidden[rows], given.lse[rows]
+        # Gathered once for all chunks.
+        whole = len(draft_tokens) == len(frozen.lm_head)
+        small = frozen if whole else dataclasses.replace(frozen, lm_head=frozen.lm_head[draft_tokens])
+
+        def exact(some: slice) -> Teacher:
+            logits = small.native_logits(filled(hidden[some]))
+            return teacher(logits[: some.stop - some.start], lse[some])
+
+        return exact
+    tokens, log_probs = given.tokens[rows], given.log_probs[rows]
+
+    def top_k(some: slice) -> Teacher:
+        return top_k_teacher(tokens[some], log_probs[some], draft_tokens, len(frozen.lm_head))
+
+    return top_k
