@@ -1,10 +1,9 @@
 """Kangaroo's adapter (arXiv 2404.18911, section 3.1): one attention and two norms between an early layer of the target
-and its frozen lm_head.
+and its frozen lm_head, and an MLP where it is asked for.
 
-    a   = attention(input_layernorm(h_t))        causal over the states h_0 .. h_t of the exit layer
-    draft logits = lm_head(norm(h_t + a))        of x_{t+1}, over the draft vocabulary
-
-There is no MLP: the adapter only has to bring a state that is already in the target's residual stream to its end.
+    r   = h_t + attention(input_layernorm(h_t))            causal over the states h_0 .. h_t of the exit layer
+    out = r + mlp(post_attention_layernorm(r))             or r, as in the paper
+    draft logits = lm_head(norm(out))                      of x_{t+1}, over the draft vocabulary
 """
 
 from __future__ import annotations
@@ -26,12 +25,13 @@ from sstf.targets import PreallocatedCache
 
 @dataclass(frozen=True)
 class ExitShape:
-    """Sizes of an adapter; those of the target's attention."""
+    """Sizes of an adapter; those of the target's layers. `intermediate_size` None: there is no MLP."""
 
     hidden_size: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
+    intermediate_size: int | None
     vocab_size: int
     rms_norm_eps: float
     rope_theta: float
@@ -56,6 +56,23 @@ class ExitAttention(nn.Module):
         return torch.unflatten(rows, -1, (-1, self.shape.head_dim))
 
 
+class ExitMlp(nn.Module):
+    """Llama's gated MLP, with the norm in front of it."""
+
+    def __init__(self, hidden: int, wide: int, eps: float) -> None:
+        super().__init__()
+        self.norm = RmsNorm(hidden, eps)
+        self.gate_proj = nn.Linear(hidden, wide, bias=False)
+        self.up_proj = nn.Linear(hidden, wide, bias=False)
+        self.down_proj = nn.Linear(wide, hidden, bias=False)
+
+    def forward(self, x: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """What is added to `x`."""
+        normed = self.norm(x)
+        out: Tensor = self.down_proj(F.silu(self.gate_proj(normed)) * self.up_proj(normed))
+        return out
+
+
 class EarlyExitHead(nn.Module):
     """The adapter. The target's lm_head is frozen, shared where it is whole, and not part of the state dict.
 
@@ -75,6 +92,8 @@ class EarlyExitHead(nn.Module):
         )
         self.input_layernorm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         self.self_attn = ExitAttention(shape)
+        if shape.intermediate_size:
+            self.mlp = ExitMlp(shape.hidden_size, shape.intermediate_size, shape.rms_norm_eps)
         self.norm = RmsNorm(shape.hidden_size, shape.rms_norm_eps)
         whole = len(draft_tokens) == len(lm_head)
         self.register_buffer("lm_head", lm_head if whole else lm_head[draft_tokens], persistent=False)
@@ -111,7 +130,13 @@ class EarlyExitHead(nn.Module):
         query, key = (rotate(attention.split(proj(normed)), *turn) for proj in (attention.q_proj, attention.k_proj))
         value = attention.split(attention.v_proj(normed))
         attended: Tensor = PackedAttention.apply(query, key, value, lengths)  # type: ignore[no-untyped-call]
-        out: Tensor = states + attention.o_proj(attended.flatten(1))
+        return self.finish(states + attention.o_proj(attended.flatten(1)))
+
+    def finish(self, r: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows hidden"]:
+        """What stands behind the attention."""
+        if not self.shape.intermediate_size:
+            return r
+        out: Tensor = r + self.mlp(r)
         return out
 
     def logits(self, out: Float[Tensor, "*rows hidden"]) -> Float[Tensor, "*rows draft_vocab"]:
@@ -165,7 +190,9 @@ class FusedExit:
         attended = F.scaled_dot_product_attention(
             turned[:, : shape.num_heads], keys, values, attn_mask=mask[:, None], enable_gqa=True
         )
-        return states + F.linear(attended.transpose(1, 2).flatten(2), self.head.self_attn.o_proj.weight)
+        return self.head.finish(
+            states + F.linear(attended.transpose(1, 2).flatten(2), self.head.self_attn.o_proj.weight)
+        )
 
     def logits(self, out: Float[Tensor, "batch width hidden"]) -> Float[Tensor, "batch width draft_vocab"]:
         """Draft logits of outputs."""

@@ -45,6 +45,7 @@ class EarlyExitConfig(Section):
 
     Drafting stops where the best token's draft probability is below `threshold` (the paper's is 0.6, behind a last
     token that is still verified; here that token is not drafted). `draft_vocab_size` None is the whole vocabulary.
+    `mlp` gives the adapter an MLP as large as a layer's; the paper's has none.
     """
 
     kind: Literal["early_exit"] = "early_exit"
@@ -53,6 +54,7 @@ class EarlyExitConfig(Section):
     threshold: float = Field(default=0.4, ge=0, le=1)
     depth: int = Field(default=4, ge=1, le=16)
     draft_vocab_size: int | None = Field(default=8192, ge=16)
+    mlp: bool = True
     objective: Objective = Kl()
 
 
@@ -104,6 +106,7 @@ class EarlyExitMethod:
             num_heads=target.num_heads,
             num_kv_heads=target.num_kv_heads,
             head_dim=target.head_dim,
+            intermediate_size=target.intermediate_size if self.config.mlp else None,
             vocab_size=target.vocab_size,
             rms_norm_eps=target.rms_norm_eps,
             rope_theta=target.rope_theta,
@@ -112,9 +115,11 @@ class EarlyExitMethod:
         )
         head = EarlyExitHead(shape, frozen.lm_head, draft_tokens)
         with torch.no_grad():
-            for parameter in head.self_attn.parameters():
-                nn.init.normal_(parameter, std=0.02)
-            head.self_attn.o_proj.weight.zero_()
+            for name, parameter in head.named_parameters():
+                if name.endswith(("o_proj.weight", "down_proj.weight")):
+                    parameter.zero_()
+                elif parameter.ndim == 2:
+                    nn.init.normal_(parameter, std=0.02)
             head.norm.weight.copy_(frozen.final_norm)
         return head
 

@@ -35,11 +35,11 @@ def make_method(**changes: object) -> EarlyExitMethod:
     return EarlyExitMethod(EarlyExitConfig.model_validate(fields | changes))
 
 
-@pytest.fixture
-def head(tiny_target: Target) -> EarlyExitHead:
+@pytest.fixture(params=[True, False], ids=["mlp", "attention-alone"])
+def head(request: pytest.FixtureRequest, tiny_target: Target) -> EarlyExitHead:
     """Far from flat."""
     torch.manual_seed(1)
-    found = make_method().build_head(tiny_target.spec, tiny_target.frozen_head, DRAFT_TOKENS)
+    found = make_method(mlp=request.param).build_head(tiny_target.spec, tiny_target.frozen_head, DRAFT_TOKENS)
     with torch.no_grad():
         for parameter in found.parameters():
             parameter.normal_(mean=1.0 if parameter.ndim == 1 else 0.0, std=0.15)
@@ -80,7 +80,7 @@ def test_a_new_adapter_reads_the_exit_layer_through_the_targets_end(tiny_target:
 
 
 def test_a_saved_head_loads_back(head: EarlyExitHead, tiny_target: Target, tmp_path: Path) -> None:
-    config = make_method(threshold=0.25).config
+    config = make_method(threshold=0.25, mlp=head.shape.intermediate_size is not None).config
     save_head(tmp_path, config, head, tiny_target.spec, {"step": 7})
     loaded = load_head(tmp_path, tiny_target)
     assert loaded.method.config == config  # type: ignore[attr-defined]
@@ -150,7 +150,12 @@ def naive_logits(head: EarlyExitHead, states: Tensor) -> Tensor:
             weights = torch.softmax(torch.stack([query @ key for key in keys]) / dim**0.5, 0)
             values = [attention.v_proj.weight[theirs] @ normed[s] for s in range(t + 1)]
             parts.append(sum(w * v for w, v in zip(weights, values, strict=True)))
-        out.append(h + attention.o_proj.weight @ torch.cat(parts))  # type: ignore[arg-type]
+        r = h + attention.o_proj.weight @ torch.cat(parts)  # type: ignore[arg-type]
+        if shape.intermediate_size:
+            x, mlp = norm(r, head.mlp.norm.weight), head.mlp  # type: ignore[arg-type]
+            gate = mlp.gate_proj.weight @ x
+            r = r + mlp.down_proj.weight @ (gate * torch.sigmoid(gate) * (mlp.up_proj.weight @ x))
+        out.append(r)
     return torch.stack([head.lm_head @ norm(o, head.norm.weight) for o in out])  # type: ignore[arg-type]
 
 
