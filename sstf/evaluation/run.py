@@ -525,8 +525,10 @@ def _costs(setting: Setting) -> dict[int, CostModel]:
     trees = [tree for policy in setting.policies.values() for tree in tree_policies(policy)]
     rows = 1 + max(tree.total_tokens + (LONGEST if tree.lookup else 0) for tree in trees)
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
-        costs[batch] = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows)
+        costs[batch] = measure_costs(
+            setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows, split=decoder.split
+        )
     if 1 in costs:
-        for decoder in setting.arms.values():
-            decoder.experience.costs[1] = CostModel.from_json(costs[1].to_json())  # each learns on its own
+        for other in setting.arms.values():
+            other.experience.costs[1] = CostModel.from_json(costs[1].to_json())  # each learns on its own
     return costs
