@@ -35,7 +35,7 @@ from sstf.decode.cost import KNOTS, CostModel
 from sstf.evaluation import hardware, load_suite
 from sstf.evaluation.metrics import bootstrap
 from sstf.methods import Drafter, Eagle3Config, NgramConfig, build_method
-from sstf.methods.base import News
+from sstf.methods.base import News, ShallowPasses
 from sstf.methods.checkpoint import DraftHead, load_head
 from sstf.methods.ngram import chain
 from sstf.targets import Target, load_target
@@ -64,10 +64,10 @@ class Oracle:
     def levels(self) -> int:
         return self.inner.levels if self.inner else 0
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         self.seen = 0
         if self.inner:
-            self.inner.start(slots, capacity)
+            self.inner.start(slots, capacity, passes)
 
     def restart(self, slot: int) -> None:
         self.seen = 0
@@ -143,7 +143,8 @@ def bench_sizes(
     """The cost model's terms from passes timed on their own, its prediction, and decoding itself."""
     drafter = head.method.drafter(head.module, target.device)
     layers = head.method.feature_spec(target.spec).layers
-    cost = measure_costs(target, drafter, layers, repeats=3 * repeats)
+    split = SpeculativeDecoder(target, head).split
+    cost = measure_costs(target, drafter, layers, repeats=3 * repeats, split=split)
     plain = SpeculativeDecoder(target)
     for rows in sizes:
         measured, hosts, plain_hosts, bases = [], [], [], []

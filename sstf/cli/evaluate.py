@@ -93,8 +93,9 @@ def evaluate_head(args: argparse.Namespace, err: Console) -> None:
     settings_json = config.model_dump(mode="json")
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
-        write_report(args.out, found, target, str(folder), settings_json, progress.note)
+        content = write_report(args.out, found, target, str(folder), settings_json, progress.note)
         out.print(Text(f"{'report':<15}{args.out / 'report.md'}"), soft_wrap=True)
         out.print(Text(f"{'page':<15}{args.out / 'report.html'}"), soft_wrap=True)
+        out.print(Text(f"{'overhead':<15}{content['overhead']:.1%} of the time was not decoding"), soft_wrap=True)
     if old:
         show_against(old, report(found, target, str(folder), settings_json), args.out, out)

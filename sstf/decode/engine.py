@@ -24,6 +24,7 @@ from sstf.decode.adaptive import AnyPolicy, BanditPolicy, Experience, tree_polic
 from sstf.decode.bandit import PLAIN, Bandit
 from sstf.decode.cost import CostModel
 from sstf.decode.hybrid import LONGEST, HybridDrafter
+from sstf.decode.layered import LayeredPasses, open_passes
 from sstf.decode.limits import refuse_beyond, within
 from sstf.decode.measure import measure_costs
 from sstf.decode.passes import Passes, read
@@ -41,7 +42,7 @@ from sstf.errors import DecodeError
 from sstf.methods import Drafter
 from sstf.methods.base import News
 from sstf.methods.checkpoint import DraftHead
-from sstf.targets import Target
+from sstf.targets import SplitDecoder, Target
 from sstf.trees import AnyTree, Chain, CostAwareTree, DraftContext, Drawing, DynamicTree, children
 from sstf.types import DraftTree, SamplingParams
 from sstf.warping import warp
@@ -129,6 +130,8 @@ class SpeculativeDecoder:
         self.experience = experience or Experience()
         self.layers = head.method.feature_spec(target.spec).layers if head else ()
         self.taps = target.tap(self.layers)
+        shared = head.method.shared_layers if head else 0
+        self.split = SplitDecoder(target, shared) if shared else None
         self._passes: Passes | None = None
         self.drafter = self._new_drafter()
 
@@ -231,7 +234,8 @@ class SpeculativeDecoder:
         """The target's passes and cache, kept from call to call: no reallocation, and graphs stay valid."""
         if self._passes is None or self._passes.slots != slots or self._passes.capacity < capacity:
             self._passes = None  # the old cache is freed before the new one is made
-            self._passes = Passes(self.target, self.taps if self.layers else None, slots, -(-capacity // 256) * 256)
+            taps = self.taps if self.layers else None
+            self._passes = open_passes(self.target, self.split, taps, slots, -(-capacity // 256) * 256)
         return self._passes
 
 
@@ -317,7 +321,9 @@ class Session:
     def __init__(self, decoder: SpeculativeDecoder, slots: int, capacity: int) -> None:
         self.decoder, self.target, self.capacity = decoder, decoder.target, capacity
         self.policies = tree_policies(decoder.policy) if decoder.drafter else []
+        drafted = max((p.drafted_tokens for p in self.policies), default=0)
         nodes = max((p.total_tokens + (LONGEST if p.lookup else 0) for p in self.policies), default=0)
+        nodes += drafted if decoder.split else 0  # drafted rows lie in the target's cache
         self.passes = decoder.passes(slots, capacity + nodes + 1)
         self.experience = decoder.experience
         # What a pass costs depends on how many share it: learned for powers of two, as the number varies.
@@ -325,10 +331,11 @@ class Session:
         if any(isinstance(p, CostAwareTree) for p in self.policies):
             for size in self.sizes:
                 if size not in self.experience.costs:
-                    costs = measure_costs(self.target, decoder.drafter, decoder.layers, size)
+                    costs = measure_costs(self.target, decoder.drafter, decoder.layers, size, split=decoder.split)
                     self.experience.costs[size] = costs
         if decoder.drafter:  # after the measurement, which uses it too
-            decoder.drafter.start(slots, capacity + max(p.drafted_tokens for p in self.policies) + 1)
+            shallow = self.passes if isinstance(self.passes, LayeredPasses) else None
+            decoder.drafter.start(slots, capacity + drafted + 1, shallow)
         self.slots = slots
         self.active: list[SequenceState] = []  # in the order of their slots
         self.calibrates = any(isinstance(p, DynamicTree | CostAwareTree) and p.calibrated for p in self.policies)

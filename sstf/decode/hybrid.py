@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sstf.methods import Drafter, NgramConfig
-from sstf.methods.base import News
+from sstf.methods.base import News, ShallowPasses
 from sstf.methods.ngram import History, Match, chain
 from sstf.trees import AnyTree, DraftContext, union
 from sstf.types import DraftTree
@@ -63,9 +63,9 @@ class HybridDrafter:
         """See `Drafter.levels`."""
         return self.first.levels
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`. What was learned stays."""
-        self.first.start(slots, capacity)
+        self.first.start(slots, capacity, passes)
         self.histories = [History(self.config) for _ in range(slots)]
         self.offers = [Match(0, [])] * slots
 

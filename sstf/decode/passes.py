@@ -8,9 +8,10 @@ tree (recurrent layers, flash attention) gets chains, for which its own causal m
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
@@ -41,7 +42,7 @@ class Passes:
             self.cache.write_behind(0)
             self.cache.forget()
         else:
-            self.cache.write_rows(torch.tensor([slot], device=ids.device), positions, len(prompt), _block([slot]))
+            self.cache.write_rows(torch.tensor([slot], device=ids.device), positions, len(prompt), block([slot]))
             mask = (positions[:, None] <= positions[..., None]) if self.target.takes_trees else None
         hidden = self._forward(ids, positions, mask)
         return self._logits(hidden[0, -1]), self._features(hidden)[0]
@@ -58,14 +59,8 @@ class Passes:
             trees: one a sequence.
         """
         device = self.target.device
-        nodes = max(len(tree) for tree in trees)
-        # A padding node is a child of the root with token 0, which nobody sees and nobody reads.
-        tokens = _pad([tree.tokens for tree in trees], nodes, 0)
-        parents = _pad([tree.parents for tree in trees], nodes, -1)
-        ids = torch.cat([torch.tensor([[root] for root in roots], device=device), tokens], 1)
-        within = ancestor_mask(parents, depth=nodes)
-        starts = torch.tensor([[length] for length in past], device=device)
-        positions = torch.cat([starts, starts + depths(within)], 1).clamp_max_(self.target.context - 1)
+        ids, positions, within = self._rows(past, roots, trees)
+        nodes = ids.shape[1] - 1
         size = padded_rows(nodes + 1)
         if self.graphs and size:
             tail = F.pad(pass_tail(within), (0, size - nodes - 1, 0, size - nodes - 1))
@@ -76,11 +71,25 @@ class Passes:
             if self.target.recurrent:
                 self.states = self.cache.states()
         else:
-            where = starts + torch.arange(nodes + 1, device=device)
-            self.cache.write_rows(torch.tensor(slots, device=device), where, max(past) + nodes + 1, _block(slots))
+            where = positions[:, :1] + torch.arange(nodes + 1, device=device)
+            self.cache.write_rows(torch.tensor(slots, device=device), where, max(past) + nodes + 1, block(slots))
         self.last = ids
         hidden = self._forward(ids, positions, mask, past)
         return self._logits(hidden), self._features(hidden)
+
+    def _rows(
+        self, past: Sequence[int], roots: Sequence[int], trees: Sequence[DraftTree]
+    ) -> tuple[Int[Tensor, "batch rows"], Int[Tensor, "batch rows"], Bool[Tensor, "batch node node"]]:
+        """Tokens and positions of each root and its nodes, and the nodes' ancestors; smaller trees are padded."""
+        device, nodes = self.target.device, max(len(tree) for tree in trees)
+        # A padding node is a child of the root with token 0, which nobody sees and nobody reads.
+        tokens = _pad([tree.tokens for tree in trees], nodes, 0)
+        parents = _pad([tree.parents for tree in trees], nodes, -1)
+        ids = torch.cat([torch.tensor([[root] for root in roots], device=device), tokens], 1)
+        within = ancestor_mask(parents, depth=nodes)
+        starts = torch.tensor([[length] for length in past], device=device)
+        positions = torch.cat([starts, starts + depths(within)], 1).clamp_max_(self.target.context - 1)
+        return ids, positions, within
 
     def _replayed(
         self,
@@ -136,19 +145,22 @@ class Passes:
         self, ids: Tensor, positions: Tensor, mask: Tensor | None, past: Sequence[int] | None = None
     ) -> Float[Tensor, "batch rows hidden"]:
         """The last hidden states, after the final norm. `past` where a mask covers keys from before the pass."""
-        form = None
-        if mask is not None:
-            keys = None
-            if past is not None and self.target.masks.by_position:
-                keys = torch.arange(mask.shape[-1], device=ids.device).repeat(len(ids), 1)
-                where = torch.tensor(past, device=ids.device)[:, None] + torch.arange(ids.shape[1], device=ids.device)
-                keys.scatter_(1, where, positions)
-            form = self.target.masks(mask, positions, keys)
+        form = None if mask is None else self._form(mask, positions, past, positions)
         output = self.target.decoder(
             ids, attention_mask=form, position_ids=positions, past_key_values=self.cache, use_cache=True
         )
         hidden: Tensor = output.last_hidden_state
         return hidden
+
+    def _form(self, mask: Tensor, queries: Tensor, past: Sequence[int] | None, behind_past: Tensor) -> Any:
+        """The mask as the target takes it. Where layers hide keys by their position, these need to be known: key j
+        stands at position j, but for those behind the `past` of a sequence, which stand at `behind_past`."""
+        keys = None
+        if past is not None and self.target.masks.by_position:
+            keys = torch.arange(mask.shape[-1], device=mask.device).repeat(len(mask), 1)
+            rows = torch.arange(behind_past.shape[1], device=mask.device)
+            keys.scatter_(1, torch.tensor(past, device=mask.device)[:, None] + rows, behind_past)
+        return self.target.masks(mask, queries, keys)
 
     def _logits(self, hidden: Tensor) -> Tensor:
         return self.target.frozen_head.native_logits(hidden)
@@ -158,7 +170,7 @@ class Passes:
         return self.taps.features() if self.taps else hidden[..., :0]
 
 
-def _block(slots: Sequence[int]) -> slice | None:
+def block(slots: Sequence[int]) -> slice | None:
     """Ascending slots as a slice, where they are neighbours."""
     return slice(slots[0], slots[-1] + 1) if slots[-1] - slots[0] == len(slots) - 1 else None
 

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sstf.decode.layered import LayeredPasses
 from sstf.doctor.probe import Probe
 from sstf.features import to_device
 from sstf.losses import accepted_drafts
 from sstf.methods import build_method
 from sstf.methods.base import News, TrainableMethod
 from sstf.methods.checkpoint import StoredHead, bind
-from sstf.targets import FrozenHead, Target
+from sstf.targets import FrozenHead, SplitDecoder, Target
 from sstf.trees import Chain, DraftContext
 from sstf.types import FeatureBatch, StepOutput
 
@@ -79,7 +80,13 @@ class Bench:
         known = min(text.start + 4, len(text.ids) - 2)
         news = News(0, text.ids[1 : known + 1], features[:known].to(self.target.device))
         drafter = self.method.drafter(self.decoding, self.target.device)
-        drafter.start(1, len(text.ids) + DRAFTED)
+        capacity = len(text.ids) + 2 * DRAFTED + 1
+        shared = self.method.shared_layers
+        split = SplitDecoder(self.target, shared) if shared else None
+        passes = LayeredPasses(self.target, split, None, 1, capacity) if split else None
+        if passes:
+            passes.prefill(0, text.ids[:known])
+        drafter.start(1, capacity, passes)
         (tree,) = drafter.propose([news], Chain(depth=DRAFTED), DraftContext(depth=DRAFTED))
         assert tree.confidence is not None
         return tree.tokens.tolist(), tree.confidence.tolist()

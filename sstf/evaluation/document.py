@@ -38,7 +38,7 @@ p { margin: .3rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .9rem; }
 th, td { text-align: right; padding: .2rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap; }
 th:first-child, td:first-child, .note td:last-child, .note th:last-child { text-align: left; white-space: normal; }
-.note td:last-child { min-width: 16rem; }
+.note td:last-child { min-width: 10rem; }
 #figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: .8rem; }
 svg { width: 100%; height: auto; background: var(--panel); border: 1px solid var(--line); border-radius: 6px; }
 svg text { fill: var(--ink); }

@@ -81,8 +81,8 @@ def acceptance_rate(survived: Sequence[float]) -> list[float | None]:
 def repetition(token_ids: Sequence[int], n: int = 4) -> float:
     """Share of n-grams that stood in the text before. Loops inflate accepted length.
 
-    >>> repetition([1, 2, 3, 4, 1, 2, 3, 4], n=4)
-    0.2
+    >>> repetition([1, 2, 1, 2, 1], n=2)
+    0.5
     """
     grams = [tuple(token_ids[i : i + n]) for i in range(len(token_ids) - n + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0

@@ -20,7 +20,7 @@ from torch import Tensor
 from sstf.data.preview import special_ids, token_texts
 from sstf.decode import Step
 from sstf.methods import Drafter
-from sstf.methods.base import News
+from sstf.methods.base import News, ShallowPasses
 from sstf.targets import Target
 from sstf.trees import AnyTree, DraftContext, children
 from sstf.types import DraftTree
@@ -54,9 +54,9 @@ class WatchedDrafter:
         """See `Drafter.levels`."""
         return self.drafter.levels
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`."""
-        self.drafter.start(slots, capacity)
+        self.drafter.start(slots, capacity, passes)
 
     def restart(self, slot: int) -> None:
         """See `Drafter.restart`."""

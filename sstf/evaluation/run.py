@@ -21,6 +21,7 @@ from sstf.data.chat_template import render_prompt
 from sstf.data.progress import Progress
 from sstf.decode import CostModel, DecodePolicy, SpeculativeDecoder, measure_costs
 from sstf.decode.adaptive import tree_policies
+from sstf.decode.hybrid import LONGEST
 from sstf.decode.limits import within
 from sstf.errors import DataError
 from sstf.evaluation.config import NGRAM, PLAIN, EvalConfig
@@ -49,7 +50,7 @@ from sstf.warping import warp
 BROKEN_BELOW = 1.05  # an accepted length this near 1 means a broken head or export, not a weak one
 REPETITIVE_ABOVE = 0.5
 ALL = "all"  # the category of the overall rows, and of prompts that name none
-WARM_UP = 8  # tokens that every arm decodes before the clock counts
+WARM_UP = 4  # tokens that every arm decodes before the clock counts
 SAMPLE = 8  # prompts from which limits of drawn text are estimated, at most half of them
 
 
@@ -521,10 +522,13 @@ def _costs(setting: Setting) -> dict[int, CostModel]:
     if arm is None:
         return {}
     decoder, costs = setting.arms[arm], {}
-    rows = 1 + max(shape.nodes for shape in setting.shapes.values())
+    trees = [tree for policy in setting.policies.values() for tree in tree_policies(policy)]
+    rows = 1 + max(tree.total_tokens + (LONGEST if tree.lookup else 0) for tree in trees)
     for batch in setting.config.batches if setting.target.takes_trees else setting.config.batches[:1]:
-        costs[batch] = measure_costs(setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows)
+        costs[batch] = measure_costs(
+            setting.target, decoder.drafter, decoder.layers, batch, repeats=1, rows=rows, split=decoder.split
+        )
     if 1 in costs:
-        for decoder in setting.arms.values():
-            decoder.experience.costs[1] = CostModel.from_json(costs[1].to_json())  # each learns on its own
+        for other in setting.arms.values():
+            other.experience.costs[1] = CostModel.from_json(costs[1].to_json())  # each learns on its own
     return costs

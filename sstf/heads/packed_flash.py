@@ -17,10 +17,12 @@ The grouping of heads is Llama's: query heads `i * groups .. (i + 1) * groups - 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SHORT = 256  # measured on one core: 0.9 ms against 2.7 ms at 128 rows, 3.1 against 3.5 at 256, 21 against 10 at 512
 _CUDA = torch.ops.aten._flash_attention_forward
@@ -94,6 +96,25 @@ def flash_backward(
         for rows, of_head in zip(into[1:], found[1:], strict=True):
             rows.copy_(of_head.sum(1).transpose(0, 1))
     return grad_query, grad_key, grad_value
+
+
+class PackedAttention(torch.autograd.Function):
+    """`flash_forward`'s output, with its gradients: `apply(query, key, value, lengths)`."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int]) -> Tensor:
+        """See `flash_forward`."""
+        out, lse = flash_forward(query, key, value, lengths)
+        ctx.save_for_backward(query, key, value, out, lse)
+        ctx.lengths = tuple(lengths)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        """See `flash_backward`."""
+        query, key, value, out, lse = ctx.saved_tensors
+        return (*flash_backward(grad, query, key, value, out, lse, ctx.lengths), None)
 
 
 def dense_forward(

@@ -12,6 +12,7 @@ from sstf.methods.domino import DominoConfig, DominoMethod
 from sstf.methods.dspark import DSparkConfig, DSparkMethod
 from sstf.methods.eagle import EagleConfig, EagleMethod
 from sstf.methods.eagle3 import Eagle3Config, Eagle3Method
+from sstf.methods.early_exit import EarlyExitConfig, EarlyExitMethod
 from sstf.methods.medusa import MedusaConfig, MedusaMethod
 from sstf.methods.ngram import NgramConfig, NgramMethod
 from sstf.methods.p_eagle import PEagleConfig, PEagleMethod
@@ -23,6 +24,7 @@ MethodConfig = Annotated[
     | DSparkConfig
     | EagleConfig
     | Eagle3Config
+    | EarlyExitConfig
     | MedusaConfig
     | NgramConfig
     | PEagleConfig
@@ -36,6 +38,7 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "dspark": (DSparkConfig, DSparkMethod),
     "eagle": (EagleConfig, EagleMethod),
     "eagle3": (Eagle3Config, Eagle3Method),
+    "early_exit": (EarlyExitConfig, EarlyExitMethod),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
     "p_eagle": (PEagleConfig, PEagleMethod),
@@ -58,6 +61,7 @@ __all__ = [
     "Drafter",
     "Eagle3Config",
     "EagleConfig",
+    "EarlyExitConfig",
     "MedusaConfig",
     "MethodConfig",
     "NgramConfig",

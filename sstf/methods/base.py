@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from sstf.features.spec import FeatureSpec
@@ -43,6 +43,40 @@ class DraftLimits:
     trees: bool = True  # several children of one node; else chains alone
 
 
+@dataclass(frozen=True)
+class ShallowRows:
+    """What the target's first layers computed of some drafted tokens, and where these stand.
+
+    Keys of a sequence lie behind those of its past: the root's at once, then the nodes' in the order in which they were
+    run. A drafter that keeps its own keys at the same `places` can use the same `mask`.
+    """
+
+    states: Float[Tensor, "batch width hidden"]
+    positions: Int[Tensor, "batch width"]  # in the text
+    places: Int[Tensor, "batch width"]  # in the cache
+    mask: Bool[Tensor, "batch width visible"]  # the past, the node's ancestors and itself
+
+
+class ShallowPasses(Protocol):
+    """Runs the target's first layers on drafted tokens, for methods that draft with them (`DraftMethod.shared_layers`).
+
+    What it computes is kept: verification begins where it ended. `root`, then `descend` as often as need be, once a
+    step, for sequences whose trees come from what was run.
+    """
+
+    def root(self, slots: Sequence[int], past: Sequence[int], tokens: Sequence[int]) -> ShallowRows:
+        """Run the last emitted tokens.
+
+        Args:
+            slots: of the sequences.
+            past: tokens of each that the target's cache holds.
+            tokens: the last emitted ones, which are not among them.
+        """
+
+    def descend(self, parents: Int[Tensor, "batch width"], tokens: Int[Tensor, "batch width"]) -> ShallowRows:
+        """Run children of the nodes of the previous call: `parents` are places among these, as `grow` has them."""
+
+
 class Drafter(Protocol):
     """Drafts for the sequences in a fixed number of slots; holds their state (caches, histories)."""
 
@@ -50,8 +84,10 @@ class Drafter(Protocol):
     def levels(self) -> int:
         """Draft passes of the last `propose`."""
 
-    def start(self, slots: int, capacity: int) -> None:
-        """Forget everything; make room for `slots` sequences of at most `capacity` tokens, drafted ones included."""
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
+        """Forget everything; make room for `slots` sequences of at most `capacity` tokens, drafted ones included.
+
+        `passes` are there for a method that has `shared_layers`."""
 
     def restart(self, slot: int) -> None:
         """Forget the sequence in a slot: another takes its place."""

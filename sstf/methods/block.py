@@ -23,7 +23,7 @@ from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import BlockHead, BlockShape
 from sstf.losses import Added, CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
-from sstf.methods.base import WHOLE_VOCABULARY, News
+from sstf.methods.base import WHOLE_VOCABULARY, News, ShallowPasses
 from sstf.methods.supervision import teachers_over
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
@@ -135,6 +135,8 @@ def mask_token_of(config: BlockConfig, embeddings: Tensor) -> int:
     """See `BlockConfig`."""
     if config.mask_token_id is not None:
         return config.mask_token_id
+    if embeddings.is_meta:  # a head that is only counted
+        return 0
     size = torch.cat([rows.float().norm(dim=-1) for rows in embeddings.split(8192)])
     return int(size.masked_fill(size < 0.1 * size.median(), float("inf")).argmin())
 
@@ -267,7 +269,7 @@ class BlockDrafter:
         self.levels = 1
         self.cache: PreallocatedCache
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`. A cache that is large enough stays."""
         capacity += self.head.shape.block_size + 1  # and a place that takes padding
         fits = len(self.lengths) == slots and self.cache.capacity >= capacity

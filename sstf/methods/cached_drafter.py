@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from sstf.methods.base import News
+from sstf.methods.base import News, ShallowPasses
 from sstf.targets import PreallocatedCache
 from sstf.targets.graphs import GraphRunner, padded_keys, padded_rows
 from sstf.trees import AnyTree, DraftContext, behind, grow
@@ -59,7 +59,7 @@ class CachedDrafter:
         self.cache: PreallocatedCache
         self.graphs = GraphRunner(draft_tokens.device) if draft_tokens.device.type == "cuda" else None
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`. A cache that is large enough stays, and with it the graphs over its memory."""
         fits = len(self.lengths) == slots and self.cache.capacity >= capacity
         self.lengths = [0] * slots

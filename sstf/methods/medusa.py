@@ -20,7 +20,7 @@ from sstf.errors import TargetError
 from sstf.features.spec import FeatureSpec
 from sstf.heads import MedusaHead, MedusaShape
 from sstf.losses import CHUNK, CrossEntropy, Distilled, Objective, fused_distill
-from sstf.methods.base import WHOLE_VOCABULARY, DraftLimits, News
+from sstf.methods.base import WHOLE_VOCABULARY, DraftLimits, News, ShallowPasses
 from sstf.methods.supervision import outcome, rows_in_blocks, supervise, teachers_over
 from sstf.targets import FrozenHead, TargetSpec
 from sstf.trees import AnyTree, DraftContext, grow
@@ -160,7 +160,7 @@ class MedusaDrafter:
         self.draft_tokens = head.draft_tokens
         self.levels = 0
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`."""
 
     def restart(self, slot: int) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sstf.config_loading import Section
 from sstf.features.spec import FeatureSpec
-from sstf.methods.base import DraftLimits, News
+from sstf.methods.base import DraftLimits, News, ShallowPasses
 from sstf.targets import TargetSpec
 from sstf.trees import AnyTree, DraftContext
 from sstf.types import DraftTree
@@ -71,7 +71,7 @@ class NgramDrafter:
         self.config, self.device = config, device
         self.histories: list[History] = []
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`."""
         self.histories = [History(self.config) for _ in range(slots)]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 from sstf.config_loading import Section
 from sstf.features.spec import FeatureSpec
-from sstf.methods.base import DraftLimits, News
+from sstf.methods.base import DraftLimits, News, ShallowPasses
 from sstf.targets import TargetSpec
 from sstf.trees import AnyTree, Chain, DraftContext, StaticTree
 from sstf.types import DraftTree
@@ -265,7 +265,7 @@ class SuffixDrafter:
         self.memory = Memory(config.remember, self.longest)
         self.texts: list[_Text] = []
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         """See `Drafter.start`. Answers that were there are remembered."""
         for text in self.texts:
             self.memory.add(text.answer)

@@ -12,7 +12,6 @@ States of the optimiser stay at home: files are named here one by one, not copie
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import shutil
@@ -29,6 +28,7 @@ from sstf.data.atomic import write_bytes_atomic, write_json_atomic
 from sstf.data.progress import Progress
 from sstf.errors import DamagedDataError, ExportError, SstfError
 from sstf.evaluation.plot_files import write_plots
+from sstf.features.store import sha256_of
 from sstf.formats import Engine, export_head, target_for
 from sstf.methods.checkpoint import StoredHead, read_head
 from sstf.publish.card import BaseModel, CardFacts, plots, write_card
@@ -146,7 +146,7 @@ def verify_folder(folder: Path) -> None:
             raise DamagedDataError(f"{listed}: names a file outside of its folder ({name}); do not use this head")
         if not (folder / name).is_file():
             raise DamagedDataError(f"{folder / name}: missing, though {CHECKSUMS} lists it; fetch the head again")
-        if _digest(folder / name) != digest:
+        if sha256_of(folder / name) != digest:
             raise DamagedDataError(f"{folder / name}: altered or cut off, its checksum differs; fetch the head again")
 
 
@@ -218,15 +218,7 @@ def _verdicts(asked: Publication, target: Target | SstfError, folder: Path, prog
 
 def _checksums(folder: Path) -> dict[str, str]:
     files = sorted(file for file in folder.rglob("*") if file.is_file())
-    return {file.relative_to(folder).as_posix(): _digest(file) for file in files}
-
-
-def _digest(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    return {file.relative_to(folder).as_posix(): sha256_of(file) for file in files}
 
 
 def published_files(folder: Path) -> list[str]:

@@ -34,6 +34,7 @@ from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from sstf.errors import DamagedDataError, HeadError, HubError
+from sstf.features.store import sha256_of
 from sstf.formats.files import PICKLES
 from sstf.methods.checkpoint import read_head
 from sstf.publish.folder import CHECKSUMS, published_files, verify_folder
@@ -242,11 +243,7 @@ def _wanted(repo: str, names: list[str]) -> list[str]:
 def _is(path: Path, listed: RepoSibling) -> bool:
     """Whether a file's content is the one that the hub lists: by SHA-256 of large files, by git's hash of others."""
     if listed.lfs is not None:
-        digest = hashlib.sha256()
-        with path.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                digest.update(block)
-        return digest.hexdigest() == listed.lfs.sha256
+        return sha256_of(path) == listed.lfs.sha256
     content = path.read_bytes()
     return listed.blob_id == hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()
 

@@ -119,7 +119,7 @@ class PreallocatedCache(Cache):
             layer.values[:, :, start : start + count] = layer.values[:, :, source]
         self.plan.length += count
 
-    def keep_rows(self, rows: Tensor, lengths: Tensor, offsets: Tensor) -> None:
+    def keep_rows(self, rows: Tensor, lengths: Tensor, offsets: Tensor, layers: int | None = None) -> None:
         """The same for sequences of different lengths.
 
         Args:
@@ -127,10 +127,11 @@ class PreallocatedCache(Cache):
             lengths: [rows] int64, tokens that each held before it.
             offsets: [rows, kept] int64, 0 is the first token of the pass; shorter rows are padded with anything, what
                 that moves lies behind the row's new end.
+            layers: only in so many of the first layers, all of which keep keys and values.
         """
         source = lengths[:, None] + offsets
         index = (rows[:, None], slice(None), lengths[:, None] + torch.arange(offsets.shape[1], device=rows.device))
-        for layer in self._kv:
+        for layer in self._kv[:layers]:
             assert layer.keys is not None and layer.values is not None
             layer.keys[index] = layer.keys[rows[:, None], :, source]
             layer.values[index] = layer.values[rows[:, None], :, source]

@@ -70,6 +70,7 @@ def grow(
     root_logits: Float[Tensor, "batch draft_vocab"],
     expand: Expand,
     draft_tokens: Int[Tensor, "draft_vocab"],
+    threshold: float = 0.0,
 ) -> list[DraftTree]:
     """Grow one tree a sequence.
 
@@ -79,12 +80,14 @@ def grow(
         root_logits: draft logits of the first drafted token.
         expand: runs the head on one level. Its first call's parents are all 0: the root.
         draft_tokens: target ids of the draft vocabulary.
+        threshold: a node whose best child would have a smaller draft probability gets none (Kangaroo, arXiv
+            2404.18911), and drafting stops where that holds for all. It is decided before its children are drawn.
     """
     if isinstance(policy, Chain | StaticTree):
         if context.drawing and policy.draw != "top":
-            return _drawn(policy, context, context.drawing, root_logits, expand, draft_tokens)
-        return _static(policy, context, root_logits, expand, draft_tokens)
-    return _dynamic(policy, context, root_logits, expand, draft_tokens)
+            return _drawn(policy, context, context.drawing, root_logits, expand, draft_tokens, threshold)
+        return _static(policy, context, root_logits, expand, draft_tokens, threshold)
+    return _dynamic(policy, context, root_logits, expand, draft_tokens, threshold)
 
 
 def _best(logits: Float[Tensor, "batch width draft_vocab"], count: int) -> tuple[Tensor, Tensor]:
@@ -102,6 +105,7 @@ def _dynamic(
     root_logits: Tensor,
     expand: Expand,
     draft_tokens: Tensor,
+    threshold: float,
 ) -> list[DraftTree]:
     calibration = context.calibration if policy.calibrated else None
     depth, top_k = min(policy.depth, context.depth), policy.top_k
@@ -117,12 +121,17 @@ def _dynamic(
         confidence = log_probs.exp()
         if calibration is not None:
             log_probs = calibration.probabilities(confidence, level).log()
+        if threshold:
+            log_probs = log_probs.masked_fill(confidence[..., :1] < threshold, -math.inf)
         scores = (scores[..., None] + log_probs).flatten(1)
         tokens = ids.flatten(1)
         levels.append((scores, tokens, above.repeat_interleave(each, 1), confidence.flatten(1)))
         if level == depth or _enough(policy, context, levels, log_probs):
             break
-        beam = scores.topk(min(top_k, scores.shape[1]), dim=1).indices.sort(1).values
+        width = int((scores != -math.inf).sum(1).max()) if threshold else scores.shape[1]
+        if not width:
+            break
+        beam = scores.topk(min(top_k, width), dim=1).indices.sort(1).values
         parents = beam // each if level > 1 else torch.zeros_like(beam)
         above = beam + offset
         offset += tokens.shape[1]
@@ -143,7 +152,8 @@ def _dynamic(
     tokens, confidence = draft_tokens[tokens.gather(1, best)], confidence.gather(1, best)
     # Experience may put a later sibling before an earlier one, which is then left out. Levels are multiples of `each`.
     ranks = best % each
-    return [DraftTree(tokens[row], parents[row], confidence[row], ranks=ranks[row]) for row in range(batch)]
+    trees = [DraftTree(tokens[row], parents[row], confidence[row], ranks=ranks[row]) for row in range(batch)]
+    return _pruned(trees, scores.gather(1, best) != -math.inf) if threshold else trees
 
 
 def _enough(
@@ -201,16 +211,24 @@ def _schedule(paths: tuple[tuple[int, ...], ...], depth: int) -> list[_Level]:
 
 
 def _static(
-    policy: Chain | StaticTree, context: DraftContext, root_logits: Tensor, expand: Expand, draft_tokens: Tensor
+    policy: Chain | StaticTree,
+    context: DraftContext,
+    root_logits: Tensor,
+    expand: Expand,
+    draft_tokens: Tensor,
+    threshold: float,
 ) -> list[DraftTree]:
     batch, device = root_logits.shape[0], root_logits.device
     tokens: list[Tensor] = []
     confidences: list[Tensor] = []
     parents: list[int] = []
     missing: list[bool] = []
+    doubt = _Doubt(threshold, batch, device)
     logits = root_logits[:, None]
     for level in _schedule(policy.paths, context.depth):
         log_probs, ids = _best(logits, level.each)
+        if doubt.ends(log_probs[..., 0].exp(), level):
+            break
         ids, log_probs, lost = _take(ids, log_probs, level)
         missing += lost
         parents += level.parents
@@ -219,10 +237,49 @@ def _static(
         if level.inner:
             inner = ids if len(level.inner) == ids.shape[1] else ids[:, level.inner]
             logits = expand(torch.tensor([level.above], device=device).expand(batch, -1), inner)
+    if not tokens:
+        return [DraftTree.empty(device)] * batch
     targets, confidence = draft_tokens[torch.cat(tokens, 1)], torch.cat(confidences, 1)
     above = torch.tensor(parents, device=device)
     trees = [DraftTree(targets[row], above, confidence[row]) for row in range(batch)]
-    return [prune(tree, [not lost for lost in missing]) for tree in trees] if any(missing) else trees
+    possible = doubt.kept(trees)
+    if any(missing):
+        possible &= ~torch.tensor(missing, device=device)
+    return _pruned(trees, possible) if threshold or any(missing) else trees
+
+
+class _Doubt:
+    """Which nodes of a static shape nobody dared to draft: those below a node that `grow`'s threshold closed."""
+
+    def __init__(self, threshold: float, batch: int, device: torch.device) -> None:
+        self.threshold = threshold
+        self.open = torch.ones(batch, 1, dtype=torch.bool, device=device)  # the nodes whose children come next
+        self.levels: list[Tensor] = []  # [batch, nodes] bool, which of a level are there
+
+    def ends(self, best: Tensor, level: _Level) -> bool:
+        """Take in the best draft probabilities [batch, width] at the nodes to expand; whether none is left open."""
+        if not self.threshold:
+            return False
+        self.open = self.open & ~(best < self.threshold)  # (NaN stays open, for whoever checks.)
+        if not bool(self.open.any()):
+            return True
+        there = self.open[:, [pick // level.each for pick in level.pick]]
+        self.levels.append(there)
+        self.open = there[:, level.inner]
+        return False
+
+    def kept(self, trees: Sequence[DraftTree]) -> Tensor:
+        """[batch, node] bool."""
+        if self.threshold:
+            return torch.cat(self.levels, 1)
+        return torch.ones(len(trees), len(trees[0]), dtype=torch.bool, device=self.open.device)
+
+
+def _pruned(trees: Sequence[DraftTree], there: Tensor) -> list[DraftTree]:
+    """Without the nodes where `there` [batch, node] is False."""
+    if bool(there.all()):
+        return list(trees)
+    return [prune(tree, keep) for tree, keep in zip(trees, there.tolist(), strict=True)]
 
 
 def _take(ids: Tensor, values: Tensor, level: _Level) -> tuple[Tensor, Tensor, list[bool]]:
@@ -245,6 +302,7 @@ def _drawn(
     root_logits: Tensor,
     expand: Expand,
     draft_tokens: Tensor,
+    threshold: float,
 ) -> list[DraftTree]:
     """The static shape, with children drawn from the draft distribution in place of its best tokens."""
     batch, device = root_logits.shape[0], root_logits.device
@@ -257,8 +315,11 @@ def _drawn(
     nodes = schedule[-1].first + len(schedule[-1].pick)
     rows = torch.zeros(batch, nodes + 1, vocab, device=device)
     sources = [0]  # rows of the nodes whose children are drawn
+    doubt = _Doubt(threshold, batch, device)
     logits = root_logits[:, None]
     for level in schedule:
+        if doubt.ends(_best(logits, 1)[0][..., 0].exp(), level):  # before anything is drawn
+            break
         probs = warp(logits, drawing.temperature, drawing.top_p, drawing.top_k)  # [batch, width, draft_vocab]
         rows[:, sources] = torch.zeros(batch, len(sources), vocab, device=device).index_copy_(2, draft_tokens, probs)
         ids = _draw_children(probs, level.each, policy.draw == "iid", drawing.generators)
@@ -270,16 +331,17 @@ def _drawn(
         if level.inner:
             sources = [level.first + node + 1 for node in level.inner]
             logits = expand(torch.tensor([level.above], device=device).expand(batch, -1), chosen[:, level.inner])
+    if not tokens:
+        return [DraftTree.empty(device)] * batch
     targets, confidence = draft_tokens[torch.cat(tokens, 1)], torch.cat(confidences, 1)
     above = torch.tensor(parents, device=device)
+    rows = rows[:, : len(parents) + 1]  # drafting may have stopped early
     trees = [DraftTree(targets[row], above, confidence[row], rows[row]) for row in range(batch)]
     # Fewer tokens possible than children asked for: the rest were never drawn. (NaN stays, for whoever checks.)
-    possible = ~(confidence <= 0)
+    possible = doubt.kept(trees) & ~(confidence <= 0)
     if any(missing):
         possible &= ~torch.tensor(missing, device=device)
-    if bool(possible.all()):
-        return trees
-    return [prune(tree, keep) for tree, keep in zip(trees, possible.tolist(), strict=True)]
+    return _pruned(trees, possible)
 
 
 def _draw_children(probs: Tensor, count: int, iid: bool, generators: Sequence[torch.Generator]) -> Tensor:

@@ -72,7 +72,9 @@ def measure(target: Target, head: DraftHead, config: TuneConfig, progress: Progr
         for batch in config.batches:
             host, plain_host = (_host(decoder, encoded[0], batch) for decoder in (chain, SpeculativeDecoder(target)))
             for context in config.contexts:
-                found = measure_costs(target, chain.drafter, chain.layers, batch, config.repeats, context)
+                found = measure_costs(
+                    target, chain.drafter, chain.layers, batch, config.repeats, context, split=chain.split
+                )
                 costs[batch, context] = CostModel(found.verify_s, found.draft_s, host, plain_host)
                 bar.advance(1)
     return Measured(accepted_lengths(survival(records, chain.policy.depth), seen), costs)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sstf.features import FeatureSpec
-from sstf.methods.base import DraftLimits, News
+from sstf.methods.base import DraftLimits, News, ShallowPasses
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
 from sstf.trees import AnyTree, DraftContext, grow
@@ -31,6 +31,7 @@ class Distribution:
     vocab: int
     layers: tuple[int, ...] = ()
     levels: int = 0
+    shared_layers: int = 0
     heard: list[list[News]] = field(default_factory=list)
     trees: list[DraftTree] = field(default_factory=list)
     rooms: list[int] = field(default_factory=list)  # `context.depth` of every call
@@ -44,7 +45,7 @@ class Distribution:
     def drafter(self, head: nn.Module | None, device: torch.device) -> Distribution:
         return self
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         self._now, self._texts = {}, {}
 
     def restart(self, slot: int) -> None:

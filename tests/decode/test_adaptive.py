@@ -20,7 +20,7 @@ from sstf.decode.cost import KNOTS, CostModel
 from sstf.decode.hybrid import LONGEST, HybridDrafter
 from sstf.errors import DamagedDataError
 from sstf.methods import NgramConfig
-from sstf.methods.base import News
+from sstf.methods.base import News, ShallowPasses
 from sstf.targets import Target
 from sstf.trees import AnyTree, Chain, CostAwareTree, DraftContext, DynamicTree
 from sstf.types import DraftTree, SamplingParams
@@ -189,7 +189,7 @@ class Silent:
 
     levels = 0
 
-    def start(self, slots: int, capacity: int) -> None: ...
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None: ...
 
     def restart(self, slot: int) -> None: ...
 
@@ -313,7 +313,7 @@ def test_costs_are_measured_once_and_the_drafter_starts_after_it(tiny_target: Ta
     class Watched(Distribution):
         starts: list[tuple[int, int]]
 
-        def start(self, slots: int, capacity: int) -> None:
+        def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
             self.starts = [*getattr(self, "starts", []), (slots, capacity)]
             super().start(slots, capacity)
 

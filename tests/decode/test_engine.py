@@ -14,7 +14,7 @@ from sstf.decode.verify import draw
 from sstf.errors import DecodeError
 from sstf.features import FeatureSpec
 from sstf.methods import Eagle3Config, NgramConfig, build_method
-from sstf.methods.base import DraftLimits, News
+from sstf.methods.base import DraftLimits, News, ShallowPasses
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target, TargetSpec
 from sstf.trees import Chain, DraftContext, DynamicTree, children
@@ -73,6 +73,7 @@ class Scripted:
     make: Callable[[list[int], Chain | DynamicTree], DraftTree]
     layers: tuple[int, ...] = ()
     levels: int = 1
+    shared_layers: int = 0
     history: list[int] = field(default_factory=list)
     features: list[Tensor] = field(default_factory=list)
     limits: DraftLimits = field(default_factory=DraftLimits)
@@ -83,7 +84,7 @@ class Scripted:
     def drafter(self, head: nn.Module | None, device: torch.device) -> Scripted:
         return self
 
-    def start(self, slots: int, capacity: int) -> None:
+    def start(self, slots: int, capacity: int, passes: ShallowPasses | None = None) -> None:
         self.history, self.features = [], []
 
     def restart(self, slot: int) -> None:

@@ -20,10 +20,10 @@ from sstf.evaluation import EvalConfig, Evaluation, measure, write_report
 from sstf.evaluation.metrics import Record
 from sstf.evaluation.report import training_curve
 from sstf.evaluation.run import _prepare, _vocabulary_cap
-from sstf.methods import Eagle3Config, TrainableMethod, build_method
+from sstf.methods import Eagle3Config, NgramConfig, TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
-from sstf.trees import Chain, DynamicTree
+from sstf.trees import Chain, CostAwareTree, DynamicTree
 
 SCHEMA = json.loads(resources.files("sstf.evaluation").joinpath("report.schema.json").read_text(encoding="utf-8"))
 
@@ -113,6 +113,19 @@ def test_all_of_the_time_is_accounted_for(
     started = time.perf_counter()
     again = measure(tiny_target, None, config.model_copy(update={"repeats": 1}), NoProgress())
     assert sum(again.seconds.values()) == pytest.approx(time.perf_counter() - started, rel=0.02)
+
+
+def test_costs_are_measured_once(tiny_target: Target, config: EvalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An arm that decides by costs starts from those of the evaluation."""
+
+    def again(*_: object) -> None:
+        raise AssertionError("measured by the arm itself")
+
+    monkeypatch.setattr("sstf.decode.engine.measure_costs", again)
+    head = DraftHead("ngram", build_method(NgramConfig()))
+    changes = {"policies": {"aware": CostAwareTree(depth=2, total_tokens=4)}, "repeats": 1, "max_new_tokens": 4}
+    found = measure(tiny_target, head, config.model_copy(update=changes), NoProgress())
+    assert list(found.costs) == [1] and "aware" in {row.arm for row in found.rows}
 
 
 def test_the_vocabulary_cap_against_all_distributions(tiny_target: Target, config: EvalConfig) -> None:

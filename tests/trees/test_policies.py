@@ -37,9 +37,17 @@ class Draft:
         self.level = [(*self.level[parent], token) for parent, token in pairs]
         return torch.stack([self.log_probs(path) for path in self.level])[None]
 
-    def grow(self, policy: AnyTree, context: DraftContext = DraftContext(64)) -> DraftTree:  # noqa: B008
-        (tree,) = grow(policy, context, self.log_probs(())[None], self.expand, self.draft_tokens)
+    def grow(
+        self,
+        policy: AnyTree,
+        context: DraftContext = DraftContext(64),  # noqa: B008
+        threshold: float = 0.0,
+    ) -> DraftTree:
+        (tree,) = grow(policy, context, self.log_probs(())[None], self.expand, self.draft_tokens, threshold)
         return tree
+
+    def best(self, path: Path) -> float:
+        return float(self.log_probs(path).max().exp())
 
     def score(self, path: Path) -> float:
         return sum(float(self.log_probs(path[:i])[token]) for i, token in enumerate(path))
@@ -55,13 +63,15 @@ def paths(tree: DraftTree) -> list[Path]:
     return found
 
 
-def eagle2(draft: Draft, depth: int, top_k: int, total_tokens: int) -> set[Path]:
+def eagle2(draft: Draft, depth: int, top_k: int, total_tokens: int, threshold: float = 0.0) -> set[Path]:
     """EAGLE-2 by enumeration: expand the best `top_k` of each level, keep the best `total_tokens` of all seen."""
     seen: dict[Path, float] = {}
     beam: list[Path] = [()]
     for _ in range(depth):
         candidates: dict[Path, float] = {}
         for path in beam:
+            if draft.best(path) < threshold:
+                continue
             values = draft.log_probs(path).tolist()
             best = sorted(range(draft.vocab), key=lambda token: -values[token])[:top_k]
             candidates |= {(*path, token): draft.score((*path, token)) for token in best}
@@ -283,6 +293,69 @@ def test_drawn_tree_has_the_distributions_its_children_were_drawn_from(
         assert len(found) == sum(all(rank < possible for rank in path) for path in ranks)
 
 
+# ---- where the draft is in doubt -------------------------------------------------------------------------------------
+
+DOUBTS = st.sampled_from([1e-6, 0.35, 0.5, 0.7, 0.99])
+
+
+@given(seed=st.integers(0, 1000), depth=st.integers(1, 5), threshold=DOUBTS)
+@settings(deadline=None, max_examples=60)
+def test_a_chain_ends_where_its_next_token_is_in_doubt(seed: int, depth: int, threshold: float) -> None:
+    draft = Draft(seed, 4)
+    expected: list[Path] = []
+    path: Path = ()
+    while len(path) < depth and draft.best(path) >= threshold:
+        path = (*path, int(draft.log_probs(path).argmax()))
+        expected.append(path)
+    assert paths(draft.grow(Chain(depth=depth), threshold=threshold)) == expected
+    # Nothing was run for what is not there.
+    assert len(draft.widths) == min(depth - 1, len(expected))
+
+
+@given(seed=st.integers(0, 1000), ranks=rank_paths(), threshold=DOUBTS)
+@settings(deadline=None, max_examples=60)
+def test_a_static_tree_without_what_hangs_below_a_node_in_doubt(
+    seed: int, ranks: tuple[Path, ...], threshold: float
+) -> None:
+    draft = Draft(seed, 5)
+    whole = paths(draft.grow(StaticTree(paths=ranks)))
+    kept = [path for path in whole if all(draft.best(path[:i]) >= threshold for i in range(len(path)))]
+    assert paths(Draft(seed, 5).grow(StaticTree(paths=ranks), threshold=threshold)) == kept
+
+
+@given(seed=st.integers(0, 1000), depth=st.integers(1, 4), top_k=st.integers(1, 4), threshold=DOUBTS)
+@settings(deadline=None, max_examples=60)
+def test_a_dynamic_tree_grows_nothing_below_a_node_in_doubt(
+    seed: int, depth: int, top_k: int, threshold: float
+) -> None:
+    draft = Draft(seed, 5)
+    tree = draft.grow(DynamicTree(depth=depth, top_k=top_k, total_tokens=12), threshold=threshold)
+    found = paths(tree)
+    assert set(found) == eagle2(draft, depth, top_k, 12, threshold) and len(set(found)) == len(found)
+    for path, confidence in zip(found, (tree.confidence.tolist() if len(tree) else []), strict=True):  # type: ignore[union-attr]
+        assert confidence == pytest.approx(math.exp(float(draft.log_probs(path[:-1])[path[-1]])), rel=1e-5)
+
+
+@given(seed=st.integers(0, 1000), ranks=rank_paths(), iid=st.booleans(), threshold=DOUBTS)
+@settings(deadline=None, max_examples=60)
+def test_whether_children_are_drawn_is_decided_before_they_are(
+    seed: int, ranks: tuple[Path, ...], iid: bool, threshold: float
+) -> None:
+    """The same draws, without those below a node in doubt: their own values have no part in it."""
+    policy = StaticTree(paths=ranks, draw="iid" if iid else "without_replacement")
+    draft = Draft(seed, 5)
+    whole = draft.grow(policy, drawing(seed, draft))
+    tree = Draft(seed, 5).grow(policy, drawing(seed, draft), threshold)
+    drawn = paths(whole)
+    kept = [i for i, path in enumerate(drawn) if all(draft.best(path[:j]) >= threshold for j in range(len(path)))]
+    assert paths(tree) == [drawn[i] for i in kept]
+    if kept:
+        assert tree.draft_probs is not None and whole.draft_probs is not None
+        rows = torch.tensor([0, *(i + 1 for i in kept)])
+        inner = torch.tensor([-1, *range(len(kept))])[:, None].eq(tree.parents).any(1)  # rows that are ever read
+        torch.testing.assert_close(tree.draft_probs[inner], whole.draft_probs[rows][inner])
+
+
 # ---- trees that look at their cost -----------------------------------------------------------------------------------
 
 
@@ -367,3 +440,20 @@ def test_a_batch_grows_what_each_would_grow_alone(policy: AnyTree) -> None:
         if tree.draft_probs is not None:
             torch.testing.assert_close(tree.draft_probs, alone.draft_probs)
     assert len({tuple(tree.tokens.tolist()) for tree in together}) == 3
+
+
+@pytest.mark.parametrize(
+    "policy", [Chain(depth=4), StaticTree.full(3, 2, 1), DynamicTree(depth=3, top_k=3, total_tokens=9)]
+)
+def test_each_sequence_of_a_batch_ends_where_it_is_in_doubt(policy: AnyTree) -> None:
+    drafts = [Draft(seed, 6) for seed in range(5)]
+
+    def expand(parents: Tensor, tokens: Tensor) -> Tensor:
+        return torch.cat([d.expand(parents[i : i + 1], tokens[i : i + 1]) for i, d in enumerate(drafts)])
+
+    roots = torch.stack([draft.log_probs(()) for draft in drafts])
+    together = grow(policy, DraftContext(64), roots, expand, drafts[0].draft_tokens, 0.5)
+    for seed, tree in enumerate(together):
+        alone = Draft(seed, 6).grow(policy, threshold=0.5)
+        assert tree.tokens.tolist() == alone.tokens.tolist() and tree.parents.tolist() == alone.parents.tolist()
+    assert min(map(len, together)) == 0 < max(map(len, together))
