@@ -151,9 +151,11 @@ def _wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -
 
 
 def _cause(log: Path) -> str:
-    """The first error in a log: it is the cause, and others follow from it in other processes."""
-    found = ERROR.search(log.read_text(errors="replace"))
-    return found[0][:300] if found else ""
+    """The first error in a log: it is the cause, and others follow from it in other processes. Warnings may name errors
+    that did not happen."""
+    lines = log.read_text(errors="replace").splitlines()
+    found = (ERROR.search(line) for line in lines if " WARNING " not in line and " INFO " not in line)
+    return next((one[0][:300] for one in found if one), "")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "medusa": {"kind": "medusa", "heads": 2},
     "eagle": {"kind": "eagle", "ttt_steps": 2},
     "eagle3": {"kind": "eagle3", "num_layers": 2, "layers": [2, 4, 6], "ttt_steps": 2, "draft_vocab_size": 200},
+    "early_exit": {"kind": "early_exit", "exit_layer": 6, "draft_vocab_size": 200},
     "dflash": {"kind": "dflash", "block_size": 4, "num_layers": 1, "layers": [2, 4, 6]},
 }
 # What does not pass, and why.
@@ -35,6 +36,7 @@ OPEN: dict[str, dict[str, str]] = {
     },
     "eagle": {"tied weights": "skipped: the head has no lm_head"},
     "eagle3": {},
+    "early_exit": {"layer ids": "skipped: there is no fc", "tied weights": "skipped: the head has no lm_head"},
     "dflash": {"tied weights": "skipped: the head has no lm_head"},
 }
 

@@ -23,6 +23,7 @@ from sstf.methods import (
     DSparkConfig,
     Eagle3Config,
     EagleConfig,
+    EarlyExitConfig,
     MedusaConfig,
     PEagleConfig,
     build_method,
@@ -40,6 +41,7 @@ LEARNED: dict[str, Any] = {
     "medusa": MedusaConfig(heads=3),
     "eagle3": Eagle3Config(num_layers=2, ttt_steps=3, draft_vocab_size=200),  # of one layer, more is seen
     "eagle": EagleConfig(ttt_steps=3),
+    "early_exit": EarlyExitConfig(exit_layer=4, depth=3, threshold=0, draft_vocab_size=200),
     "p_eagle": PEagleConfig(num_layers=1, depth=3, draft_vocab_size=200),
     "dspark": DSparkConfig(block_size=3, num_layers=1, layers=(1, 3, 5), rank=8),
     "domino": DominoConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),

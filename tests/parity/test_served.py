@@ -57,7 +57,8 @@ def test_no_environment(tmp_path: Path) -> None:
 
 
 def test_a_server_that_ends_while_starting_says_why(tmp_path: Path) -> None:
-    program = "echo 'ValueError: the head has no fc'; echo 'RuntimeError: Engine core initialization failed'; exit 1"
+    program = "echo '(pid=1) WARNING 11-29 limits can cause OSError: [Errno 24]'; "  # which did not happen
+    program += "echo 'ValueError: the head has no fc'; echo 'RuntimeError: Engine core initialization failed'; exit 1"
     with (
         pytest.raises(WorkerError, match=r"vLLM ended while starting: ValueError: the head has no fc"),
         served(serving(environment(tmp_path, program))),
