@@ -2,7 +2,8 @@
 
     python scripts/compare_methods.py --out runs/compare [--steps 240] [--budgets steps flops] [--methods eagle3 medusa]
 
-Every method trains on the same conversations in the same order, from one feature store that holds all their layers.
+Every method is set as in the configuration that comes with it (`SETTINGS` says what differs) and trains on the same
+conversations in the same order, from one feature store that holds all their layers.
 `--steps` optimiser steps are one budget; the other is the FLOPs that EAGLE-3 takes for them (matrix products, forward
 and backward, counted in one step). Then all heads of a budget decode the same prompts in turn, beside plain decoding,
 prompt lookup and suffix lookup, as in `sstf eval`. What is there is not made again; delete its folder to repeat it.
@@ -22,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from pydantic import TypeAdapter
 from rich.console import Console
 
 matplotlib.use("svg")
@@ -30,12 +30,13 @@ from matplotlib import pyplot as plt
 from torch.utils.flop_counter import FlopCounterMode
 
 from sstf.config import RunConfig
+from sstf.config_loading import load
 from sstf.data.config import DataConfig, KeepAnswers, SampleSource
 from sstf.data.progress import NoProgress, Progress
 from sstf.data.tokens import TokenStore
 from sstf.evaluation import EvalConfig, Row, compare_heads, hardware
 from sstf.features import ExtractConfig, FeatureSpec, FeatureStore, SelectedLayers, extract
-from sstf.methods import METHODS, MethodConfig, build_method
+from sstf.methods import METHODS, SuffixConfig, build_method
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import DraftHead, load_head
 from sstf.pipeline import Run
@@ -46,18 +47,19 @@ from sstf.train.trainer import Trainer
 from sstf.trees import Chain, DynamicTree
 
 REFERENCE = "eagle3"  # whose FLOPs are the second budget
-# Where a method has a choice, about four positions are taught and the draft vocabulary is the same.
-SETTINGS: dict[str, dict[str, Any]] = {
-    "eagle": {"ttt_steps": 4, "draft_vocab_size": 8192},
-    "eagle3": {"ttt_steps": 4, "draft_vocab_size": 8192},
-    "p_eagle": {"depth": 8, "draft_vocab_size": 8192},
-    "medusa": {"draft_vocab_size": 8192},
-    "dflash": {"draft_vocab_size": 8192},
-    "domino": {"draft_vocab_size": 8192},
-    "dspark": {"draft_vocab_size": 8192},
-    "early_exit": {"draft_vocab_size": 8192},
+CONFIGS = Path(__file__).parent.parent / "configs" / "smollm2-135m-instruct"
+# What is not as in the configuration that comes with the method: one draft vocabulary, and eight positions at least
+# where a head cannot draft further than it was trained for.
+SETTINGS: dict[str, list[str]] = {
+    "eagle": ["method.draft_vocab_size=8192"],
+    "eagle3": ["method.draft_vocab_size=8192", "method.ttt_steps=3"],
+    "p_eagle": ["method.draft_vocab_size=8192", "method.depth=8"],
+    "medusa": ["method.draft_vocab_size=8192"],
+    "dflash": ["method.draft_vocab_size=8192", "method.block_size=9"],
+    "domino": ["method.draft_vocab_size=8192", "method.block_size=9"],
+    "dspark": ["method.draft_vocab_size=8192", "method.block_size=8"],
+    "early_exit": ["method.draft_vocab_size=8192"],
 }
-LEARNING_RATE = 1e-3
 POLICIES = {
     "chain 4": Chain(depth=4),
     "chain 8": Chain(depth=8),
@@ -65,8 +67,8 @@ POLICIES = {
 }
 
 
-def config_of(kind: str) -> Any:
-    return TypeAdapter(MethodConfig).validate_python({"kind": kind, **SETTINGS.get(kind, {})})
+def config_of(kind: str) -> RunConfig:
+    return load(RunConfig, CONFIGS / f"{kind}.yaml", SETTINGS[kind])
 
 
 class Lines:
@@ -98,7 +100,9 @@ def features(target: Target, kinds: Iterable[str], args: argparse.Namespace, pro
         RunConfig(name="compare", output_dir=args.out, target=TargetConfig(name=args.target), data=data), progress
     )
     run.up_to("data")
-    layers = {layer for kind in kinds for layer in build_method(config_of(kind)).feature_spec(target.spec).layers}
+    layers = {
+        layer for kind in kinds for layer in build_method(config_of(kind).method).feature_spec(target.spec).layers
+    }
     folder = args.out / "features"
     if (folder / "manifest.json").is_file() and layers <= set((store := FeatureStore(folder)).layers):
         return store
@@ -112,20 +116,19 @@ def features(target: Target, kinds: Iterable[str], args: argparse.Namespace, pro
 
 def trainer_of(kind: str, store: FeatureStore, steps: int, folder: Path, args: argparse.Namespace) -> Trainer:
     config = config_of(kind)
-    method = build_method(config)
+    method = build_method(config.method)
     assert isinstance(method, TrainableMethod)
     source = SelectedLayers(store, method.feature_spec(store.target).layers)
-    train = TrainConfig.model_validate(
-        {
-            "steps": steps,
-            "optimizer": {"learning_rate": LEARNING_RATE},
-            "validation_conversations": 32,
-            "validate_every": max(1, steps // 4),
-            "checkpoint_every": max(1, steps // 4),
-            "batch_tokens": 1024,
-        }
+    train = TrainConfig(
+        steps=steps,
+        optimizer=config.train.optimizer,
+        schedule=config.train.schedule,
+        validation_conversations=32,
+        validate_every=max(1, steps // 4),
+        checkpoint_every=max(1, steps // 4),
+        batch_tokens=1024,
     )
-    return Trainer(source, method, config, train, folder, args.seed)
+    return Trainer(source, method, config.method, train, folder, args.seed)
 
 
 def flops_of_a_step(kind: str, store: FeatureStore, args: argparse.Namespace) -> int:
@@ -179,7 +182,7 @@ def decode(target: Target, budget: str, kinds: Sequence[str], args: argparse.Nam
     if lines.find(bench="decoding", budget=budget):
         return
     heads = {kind: load_head(args.out / "heads" / f"{kind}-{budget}" / "head", target) for kind in kinds}
-    heads |= {"suffix": DraftHead("suffix", build_method(config_of("suffix")))}
+    heads |= {"suffix": DraftHead("suffix", build_method(SuffixConfig()))}
     config = EvalConfig(
         prompts=args.prompts, max_new_tokens=args.max_new_tokens, repeats=args.repeats, policies=POLICIES
     )
@@ -273,7 +276,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    missing = {kind for kind, (_, method) in METHODS.items() if hasattr(method, "build_head")} - set(SETTINGS)
+    trained = {kind for kind, (config, _) in METHODS.items() if isinstance(build_method(config()), TrainableMethod)}
+    missing = trained - set(SETTINGS)
     assert not missing, f"SETTINGS lacks {sorted(missing)}"
     args.out.mkdir(parents=True, exist_ok=True)
     lines, progress = Lines(args.out / "lines.jsonl"), display(Console())

@@ -7,6 +7,7 @@ import time
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 
 import torch
 
@@ -57,8 +58,8 @@ def measure_costs(
                 seconds = _time(target, again)
                 drafts.append(seconds / max(1, drafter.levels))
     # The first round warms up.
-    verify_s = [statistics.median(times[knot][1:]) for knot in needed]
-    slope = max(0.0, (verify_s[-1] - verify_s[-2]) / (needed[-1] - needed[-2]))
+    verify_s = list(accumulate((statistics.median(times[knot][1:]) for knot in needed), max))  # more rows cost no less
+    slope = (verify_s[-1] - verify_s[-2]) / (needed[-1] - needed[-2])
     verify_s += [verify_s[-1] + slope * (knot - needed[-1]) for knot in KNOTS[len(needed) :]]
     return CostModel(verify_s, draft_s=statistics.median(drafts[1:]) if drafts else 0.0, host_s=0.0)
 

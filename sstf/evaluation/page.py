@@ -6,10 +6,9 @@ import html
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from sstf.evaluation.config import PLAIN
+from sstf.evaluation import tables
 from sstf.evaluation.document import document, gallery, paragraph, table
 from sstf.evaluation.rejections import CAUSES, Rejection
-from sstf.evaluation.run import ALL
 
 STYLE = """
 #filters { display: flex; flex-wrap: wrap; gap: .5rem; margin: .5rem 0; align-items: end; }
@@ -131,19 +130,14 @@ def page(report: dict[str, Any], plots: Mapping[str, str], rejections: Sequence[
             f"{report['eval'].get('repeats')} repeats.",
         ),
         "<h2>Results</h2>",
-        _rows([row for row in report["rows"] if row["category"] == ALL], ""),
+        _table(tables.overall(report), noted=True),
         "<h2>Plots</h2>",
         gallery(plots),
     ]
-    for name, rows in (
-        ("category", report["rows"]),
-        ("mode", report["by_mode"]),
-        ("prompt length", report["by_length"]),
-    ):
-        own = [row for row in rows if row["category"] != ALL and row["arm"] != PLAIN]
-        if own:
-            parts += [f"<h2>By {name}</h2>", _rows(own, name)]
-    parts += _limits(report["limits"])
+    for name, found in tables.groups(report):
+        parts += [f"<h2>By {name}</h2>", _table(found, noted=True)]
+    if report["limits"]:
+        parts += ["<h2>Limits</h2>", _table(tables.limits(report))]
     if report["rejections"]:
         parts += _explorer(report["rejections"], len(rejections))
     parts += [
@@ -160,77 +154,21 @@ def page(report: dict[str, Any], plots: Mapping[str, str], rejections: Sequence[
     return document(title, parts, STYLE, SCRIPT, data)
 
 
-def _rows(rows: Sequence[dict[str, Any]], group: str) -> str:
-    cells = []
-    for r in rows:
-        low, high = r["accepted_length_ci"]
-        slow, fast = r["speedup_ci"]
-        cells.append(
-            [
-                r["arm"],
-                *([r["category"]] if group else []),
-                f"{r['temperature']:g}",
-                f"{r['prompts']}",
-                f"{r['accepted_length']:.2f} ({low:.2f} to {high:.2f})",
-                f"{r['tokens_per_second']:.1f}",
-                f"{r['speedup']:.2f} ({slow:.2f} to {fast:.2f})",
-                f"{r['draft_ms']:.1f} + {r['verify_ms']:.1f} + {r['host_ms']:.1f}",
-                "" if r["identical"] is None else f"{r['identical']:.0%}",
-                f"void: {r['void']}" if r["void"] else "",
-            ]
-        )
-    headings = ["arm", *([group] if group else []), "temperature", "prompts", "accepted length", "tokens/s", "speedup"]
-    return table([*headings, "draft + verify + host ms", "same text", "note"], cells, noted=True)
-
-
-def _limits(found: Sequence[dict[str, Any]]) -> list[str]:
-    if not found:
-        return []
-
-    def shown(value: float | None) -> str:
-        return "-" if value is None else f"{value:.2f}"
-
-    headings = [
-        "arm",
-        "temperature",
-        "ceiling of the speedup",
-        "a constant rate gives",
-        "draft + verify + host, in plain steps",
-        "speedup if drafting were free",
-        "vocabulary cap",
-        "tree oracle",
-    ]
-    cells = [
-        [
-            one["arm"],
-            f"{one['temperature']:g}",
-            shown(one["ceiling"]),
-            shown(one["constant_rate"]),
-            f"{one['draft_cost']:.2f} + {one['verify_cost']:.2f} + {one['host_cost']:.2f}",
-            shown(one["speedup_if_drafting_were_free"]),
-            shown(one["vocabulary_cap"]),
-            shown(one["tree_oracle"]),
-        ]
-        for one in found
-    ]
-    return ["<h2>Limits</h2>", table(headings, cells)]
+def _table(found: tables.Table, noted: bool = False) -> str:
+    return table(found.headings, found.rows, noted)
 
 
 def _explorer(counts: dict[str, dict[str, int]], shown: int) -> list[str]:
-    totals = {arm: sum(found.values()) for arm, found in counts.items()}
-    cells = [
-        [arm, str(totals[arm]), *(f"{found[cause]} ({found[cause] / max(1, totals[arm]):.0%})" for cause in CAUSES)]
-        for arm, found in counts.items()
-    ]
+    total = sum(sum(found.values()) for found in counts.values())
     return [
         "<h2>Rejected drafts</h2>",
         paragraph(
             "Greedy decoding, first repeat. Of the causes that hold for a rejection the table counts the first one, "
             "from left to right; the buttons below count every one."
         ),
-        table(["arm", "rejected", *CAUSES], cells),
+        _table(tables.causes(counts)),
         paragraph(
-            f"{shown} of {sum(totals.values())} can be looked at here: the drafted token crossed out, the emitted one "
+            f"{shown} of {total} can be looked at here: the drafted token crossed out, the emitted one "
             "beside it. In the list, arrow keys, Page Up and Down, Home and End move."
         ),
         '<ul id="causes" aria-label="Filter by cause"></ul>',

@@ -17,13 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from sstf.data.atomic import write_bytes_atomic, write_json_atomic
-from sstf.evaluation.config import PLAIN
+from sstf.evaluation import tables
 from sstf.evaluation.figures import figures
-from sstf.evaluation.limits import Limits
 from sstf.evaluation.page import page
 from sstf.evaluation.plot_files import write_plots
-from sstf.evaluation.rejections import CAUSES
-from sstf.evaluation.run import ALL, Evaluation, Row
+from sstf.evaluation.run import Evaluation
 from sstf.machine import hardware
 from sstf.targets import Target
 
@@ -73,7 +71,7 @@ def write_report(
     # All but the last two files, which tell it.
     content["seconds"] = evaluation.seconds | {"writing": time.perf_counter() - started}
     content["overhead"] = overhead(content["seconds"])
-    write_bytes_atomic(folder / "report.md", markdown(evaluation, content).encode())
+    write_bytes_atomic(folder / "report.md", markdown(content).encode())
     write_json_atomic(folder / "report.json", content)
     return content
 
@@ -135,96 +133,29 @@ def _objects(items: Sequence[Any]) -> list[dict[str, Any]]:
     return [asdict(item) for item in items]
 
 
-def markdown(evaluation: Evaluation, content: dict[str, Any]) -> str:
+def markdown(content: dict[str, Any]) -> str:
     """The readable form: overall rows, then by group, positions, limits and causes, then the formulas."""
-    machine, rows = content["hardware"], evaluation.rows
+    machine = content["hardware"]
     lines = [
         "# Evaluation",
         "",
         f"Target {content['target']['name']} ({content['target']['dtype']}), engine {content['engine']}, "
         f"{machine['gpu'] or machine['processor']}, {machine['threads']} threads, torch {machine['torch']}.",
         "",
-        *_table([row for row in rows if row.category == ALL], ""),
+        *tables.overall(content).markdown(),
         "",
     ]
-    groups = (("category", rows), ("mode", evaluation.by_mode), ("prompt length", evaluation.by_length))
-    for name, found in groups:
-        parts = [row for row in found if row.category != ALL and row.arm != PLAIN]
-        if parts:
-            lines += [f"## By {name}", "", *_table(parts, name), ""]
-    lines += [
-        "## Acceptance by draft position",
-        "",
-        "| arm | temperature | survival | acceptance rate |",
-        "|---|---|---|---|",
-        *[
-            f"| {r.arm} | {r.temperature:g} | {_list(r.survival)} | {_list(r.acceptance_rate)} |"
-            for r in rows
-            if r.category == ALL and r.survival
-        ],
-        "",
-    ]
-    if evaluation.limits:
-        lines += ["## Limits", "", *_limits(evaluation.limits), ""]
-    if evaluation.rejections.counts:
-        lines += ["## Why drafts were rejected (temperature 0)", "", *_causes(evaluation.rejections.counts), ""]
+    for name, table in tables.groups(content):
+        lines += [f"## By {name}", "", *table.markdown(), ""]
+    lines += ["## Acceptance by draft position", "", *tables.positions(content).markdown(), ""]
+    if content["limits"]:
+        lines += ["## Limits", "", *tables.limits(content).markdown(), ""]
+    if content["rejections"]:
+        heading = "## Why drafts were rejected (temperature 0)"
+        lines += [heading, "", *tables.causes(content["rejections"]).markdown(), ""]
     if content["overhead"] is not None:
         others = ", ".join(f"{name} {took:.1f} s" for name, took in content["seconds"].items() if name != "decoding")
         took = content["seconds"]["decoding"]
         lines += [f"Decoding took {took:.1f} s; beside it, {others}: an overhead of {content['overhead']:.1%}.", ""]
     lines += ["## Formulas", "", *[f"- `{name}`: {formula}" for name, formula in content["formulas"].items()], ""]
     return "\n".join(lines)
-
-
-def _table(rows: Sequence[Row], group: str) -> list[str]:
-    """`group` names a second column; empty for none."""
-    out = [
-        f"| arm |{f' {group} |' if group else ''} temperature | accepted length | tokens/s | speedup "
-        "| draft ms | verify ms | host ms | same text | note |",
-        "|---|" + ("---|" if group else "") + "---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        name = f"| {r.arm} |" + (f" {_cell(r.category)} |" if group else "")
-        same = "" if r.identical is None else f"{r.identical:.0%}"
-        note = f"void: {r.void}" if r.void else ""
-        out.append(
-            f"{name} {r.temperature:g} | {r.accepted_length:.2f} ({r.accepted_length_ci[0]:.2f} to "
-            f"{r.accepted_length_ci[1]:.2f}) | {r.tokens_per_second:.1f} | {r.speedup:.2f} ({r.speedup_ci[0]:.2f} to "
-            f"{r.speedup_ci[1]:.2f}) | {r.draft_ms:.1f} | {r.verify_ms:.1f} | {r.host_ms:.1f} | {same} | {note} |"
-        )
-    return out
-
-
-def _limits(found: Sequence[Limits]) -> list[str]:
-    return [
-        "| arm | temperature | ceiling of the speedup | a constant rate gives | costs: draft + verify + host "
-        "| speedup if drafting were free | vocabulary cap | tree oracle |",
-        "|---|---|---|---|---|---|---|---|",
-        *[
-            f"| {one.arm} | {one.temperature:g} | {one.ceiling:.2f} | {_figure(one.constant_rate)} | "
-            f"{one.draft_cost:.2f} + {one.verify_cost:.2f} + {one.host_cost:.2f} | "
-            f"{one.speedup_if_drafting_were_free:.2f} | {_figure(one.vocabulary_cap)} | {_figure(one.tree_oracle)} |"
-            for one in found
-        ],
-    ]
-
-
-def _causes(counts: dict[str, dict[str, int]]) -> list[str]:
-    out = ["| arm | rejected |" + "".join(f" {cause} |" for cause in CAUSES), "|---|---|" + "---|" * len(CAUSES)]
-    for arm, found in counts.items():
-        total = sum(found.values())
-        shares = "".join(f" {found[cause] / max(1, total):.0%} |" for cause in CAUSES)
-        out.append(f"| {arm} | {total} |{shares}")
-    return out
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
-
-
-def _list(values: Sequence[float | None]) -> str:
-    return " ".join(map(_figure, values))
-
-
-def _figure(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

@@ -38,8 +38,8 @@ METHODS: dict[str, tuple[type[Any], type[Any]]] = {
     "eagle3": (Eagle3Config, Eagle3Method),
     "medusa": (MedusaConfig, MedusaMethod),
     "ngram": (NgramConfig, NgramMethod),
-    "suffix": (SuffixConfig, SuffixMethod),
     "p_eagle": (PEagleConfig, PEagleMethod),
+    "suffix": (SuffixConfig, SuffixMethod),
 }
 
 

@@ -28,6 +28,8 @@ ACCEPTANCE, CURVE = "acceptance", "training"
 BASELINES = (PLAIN, NGRAM)
 PAPERS = {
     "dflash": ("DFlash", "https://arxiv.org/abs/2602.06036"),
+    "domino": ("Domino", "https://arxiv.org/abs/2605.29707"),
+    "dspark": ("DSpark", "https://arxiv.org/abs/2607.05147"),
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
     "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
     "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),

@@ -13,7 +13,7 @@ from sstf.targets import Target
 @pytest.mark.parametrize(("rows", "expected"), [(1, (1, 2)), (5, (1, 2, 4, 8)), (8, (1, 2, 4, 8)), (64, KNOTS)])
 def test_only_sizes_that_are_needed_are_run(tiny_target: Target, rows: int, expected: tuple[int, ...]) -> None:
     """Each in a round that warms up and in one that counts, behind a prefill of 16 tokens."""
-    assert tiny_target.takes_trees  # found out once, by passes of its own
+    measure_costs(tiny_target, None, (), repeats=1, past=16, rows=1)  # what a target finds out once
     seen: list[int] = []
 
     def note(module: nn.Module, arguments: object, output: Tensor) -> None:

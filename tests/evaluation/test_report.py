@@ -200,9 +200,9 @@ def test_markdown(evaluation: Evaluation, tiny_target: Target, tmp_path: Path) -
     tree = next(row for row in evaluation.rows if row.arm == "tree")
     line = next(line for line in text.splitlines() if line.startswith("| tree | 0 |"))
     cells = [cell.strip() for cell in line.strip("|").split("|")]
-    assert cells[2].startswith(f"{tree.accepted_length:.2f} (")
-    assert cells[3] == f"{tree.tokens_per_second:.1f}" and cells[4].startswith(f"{tree.speedup:.2f} (")
-    assert cells[8] == "100%"
+    assert cells[2] == "3" and cells[3].startswith(f"{tree.accepted_length:.2f} (")
+    assert cells[4] == f"{tree.tokens_per_second:.1f}" and cells[5].startswith(f"{tree.speedup:.2f} (")
+    assert cells[9] == "100%"
     for table in re.split(r"\n\n", text):  # every row of a table has as many cells as its header
         widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
         assert len(widths) <= 1, table
