@@ -91,6 +91,7 @@ def test_everything_is_said_and_said_once(kind: str, targets: dict[str, Path], t
     assert not any("None" in comment for comment in comments)
     sections = yaml.safe_load("\n".join(lines))
     assert {"name", "target", "method", "eval"} <= set(sections)
+    assert next(iter(sections["method"])) == "kind"
     trains = isinstance(build_method(METHODS[kind][0]()), TrainableMethod)
     assert ({"data", "extract", "train"} <= set(sections)) == trains
 
