@@ -19,7 +19,7 @@ from sstf.decode.limits import refuse_beyond
 from sstf.errors import ConfigError
 from sstf.formats import engines_of
 from sstf.methods import METHODS, TrainableMethod, build_method
-from sstf.starter import description, read_target, suit
+from sstf.starter import description, read_target, suit, write_config
 from sstf.trees import Chain
 
 # That of the embedded target: of its configuration alone, so that its weights are not needed.
@@ -135,13 +135,21 @@ def test_a_pair_that_cannot_be(
     assert not path.exists()
 
 
-def test_a_target_with_a_recurrent_state(targets: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_target_with_a_recurrent_state(targets: dict[str, Path]) -> None:
     """A method that drafts with the target's own layers needs them to take tokens back; others draft chains."""
     outline = replace(read_target(str(targets["tiny"])), recurrent=True)
-    suit("ngram", outline)
-    monkeypatch.setattr(METHODS["ngram"][1], "shared_layers", 2)
-    with pytest.raises(ConfigError, match="method ngram drafts with the first layers of target tiny, some of which ke"):
-        suit("ngram", outline)
+    refused = []
+    for kind in METHODS:
+        if build_method(METHODS[kind][0]()).shared_layers:
+            refused.append(kind)
+            with pytest.raises(
+                ConfigError, match=f"method {kind} drafts with the first layers of target tiny, some of"
+            ):
+                suit(kind, outline)
+        else:
+            starter = suit(kind, outline)
+            assert "kind: dynamic" not in write_config(str(targets["tiny"]), starter)
+    assert refused == ["early_exit"]
 
 
 def test_nothing_is_written_over(
