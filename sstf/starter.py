@@ -167,7 +167,7 @@ def write_config(name: str, starter: Starter) -> str:
 
 def _of_method(config: Section) -> dict[str, Any]:
     """What can be said about, without what is only there for heads that others published."""
-    values = _defaults(config, type(config).model_fields)
+    values = _defaults(config, ["kind", *type(config).model_fields])  # a section that extends another has it last
     return {
         key: value
         for key, value in values.items()

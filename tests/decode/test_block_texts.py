@@ -10,6 +10,7 @@ from drafts import prompts_of_equal_lengths
 from test_drawn_text import check, markov, texts, transitions  # noqa: F401 - a fixture among them
 
 from sstf.decode import SpeculativeDecoder
+from sstf.errors import ConfigError
 from sstf.methods import DFlashConfig, DominoConfig, DSparkConfig, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
@@ -69,3 +70,13 @@ def test_sampled_text_has_the_targets_distribution(kind: str, policy: str, marko
     found = texts(decoder, 4_000)
     check(found, transitions(markov))
     assert found.accepted > 1.1
+
+
+def test_no_policy_is_deeper_than_a_block(tiny_target: Target) -> None:
+    """Of 5 slots DFlash fills in 4; in DSpark's all predict."""
+    shape = {"block_size": 5, "num_layers": 1, "layers": (1, 4)}
+    for kind, drafts in (("dflash", 4), ("domino", 4), ("dspark", 5)):
+        head = random_head(KINDS[kind](**shape), tiny_target, 0.15)
+        SpeculativeDecoder(tiny_target, head, Chain(depth=drafts))
+        with pytest.raises(ConfigError, match=f"drafts {drafts} tokens at once; expected a depth of 1 to {drafts}"):
+            SpeculativeDecoder(tiny_target, head, DynamicTree(depth=drafts + 1))

@@ -19,8 +19,10 @@ from sstf.decode import SpeculativeDecoder
 from sstf.features import ExtractConfig, FeatureStore, extract
 from sstf.losses import Objective, Teacher, distill, teacher
 from sstf.methods.base import News, TrainableMethod
+from sstf.methods.cached_drafter import CachedDrafter
 from sstf.methods.checkpoint import DraftHead, load_head
 from sstf.targets import FrozenHead, Target
+from sstf.targets.graphs import GraphRunner
 from sstf.train.config import TrainConfig
 from sstf.train.trainer import Trainer
 from sstf.trees import AnyTree, Chain, DraftContext
@@ -247,7 +249,15 @@ def check_drafts_as_trained(method: TrainableMethod, head: nn.Module, frozen: Fr
 
 @torch.no_grad()
 def check_batch_drafts_as_alone(method: TrainableMethod, head: nn.Module, policy: AnyTree, taps: int) -> None:
-    """Sequences of different lengths, in changing company; one ends and another takes its slot."""
+    """Sequences of different lengths, in changing company; one ends and another takes its slot. Also in passes of
+    rounded sizes, which a GPU replays as graphs."""
+    for graphs in (None, GraphRunner(CPU)):
+        _check_batch(method, head, policy, taps, graphs)
+
+
+def _check_batch(
+    method: TrainableMethod, head: nn.Module, policy: AnyTree, taps: int, graphs: GraphRunner | None
+) -> None:
     generator = torch.Generator().manual_seed(1)
     features, tokens = torch.randn(4, 60, taps, generator=generator), torch.randint(300, (4, 60), generator=generator)
     #           slot, text, from, to
@@ -259,7 +269,9 @@ def check_batch_drafts_as_alone(method: TrainableMethod, head: nn.Module, policy
         [(1, 3, 21, 22), (2, 2, 6, 60)],
     ]
     together = method.drafter(head, CPU)
+    assert isinstance(together, CachedDrafter)
     together.start(3, 80)
+    together.graphs = graphs
     alone = {text: method.drafter(head, CPU) for text in range(4)}
     for drafter in alone.values():
         drafter.start(1, 80)

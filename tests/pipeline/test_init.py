@@ -91,6 +91,7 @@ def test_everything_is_said_and_said_once(kind: str, targets: dict[str, Path], t
     assert not any("None" in comment for comment in comments)
     sections = yaml.safe_load("\n".join(lines))
     assert {"name", "target", "method", "eval"} <= set(sections)
+    assert next(iter(sections["method"])) == "kind"
     trains = isinstance(build_method(METHODS[kind][0]()), TrainableMethod)
     assert ({"data", "extract", "train"} <= set(sections)) == trains
 
@@ -121,7 +122,7 @@ def failing(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
         ("shallow", "eagle3", "target shallow has layers 0 to 1, cannot read [1, 0, -2]"),
         ("gemma", "medusa", "target gemma: its final norm is no plain RMSNorm"),
         ("images", "ngram", "reads images or sound and cannot be loaded for text alone"),
-        ("tiny", "medussa", "there is no method 'medussa'; expected one of eagle3,"),
+        ("tiny", "medussa", f"there is no method 'medussa'; expected one of {', '.join(METHODS)}"),
         ("nowhere", "ngram", "its configuration and tokenizer cannot be read"),
     ],
 )
