@@ -59,7 +59,6 @@ KINDS: dict[str, tuple[str, AnyPolicy | None]] = {
     "eagle-bandit": ("eagle", bandit("thompson")),
     "eagle1-dynamic": ("eagle1", DYNAMIC),
     "layers-static": ("layers", STATIC),
-    "p-eagle-chain": ("p-eagle", CHAIN),
     "p-eagle-dynamic": ("p-eagle", DYNAMIC),
 }
 
