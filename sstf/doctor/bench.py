@@ -73,11 +73,18 @@ class Bench:
         chains = accepted_drafts(self.run(self.probe.supervised(self.probe.answer)).chain_hits)
         return 1 + float(chains.float().mean()) if len(chains) else 1.0
 
+    @property
+    def drafting_place(self) -> int | None:
+        """How many tokens of the first text are known where decoding drafts, a few into the answer or later: a method
+        may draft nothing where it is in doubt. None where it is everywhere."""
+        text = self.probe.texts[0]
+        places = range(min(text.start + 4, len(text.ids) - 2), len(text.ids) - 1)
+        return next((known for known in places if self.drafted(known)[0]), None)
+
     @torch.no_grad()
-    def drafted(self) -> tuple[list[int], list[float]]:
-        """Tokens, and their draft probabilities, that decoding drafts a few tokens into the first answer."""
+    def drafted(self, known: int) -> tuple[list[int], list[float]]:
+        """Tokens, and their draft probabilities, that decoding drafts behind so many tokens of the first text."""
         text, features = self.probe.texts[0], self.probe.batch.features
-        known = min(text.start + 4, len(text.ids) - 2)
         news = News(0, text.ids[1 : known + 1], features[:known].to(self.target.device))
         drafter = self.method.drafter(self.decoding, self.target.device)
         capacity = len(text.ids) + 2 * DRAFTED + 1
@@ -88,8 +95,7 @@ class Bench:
             passes.prefill(0, text.ids[:known])
         drafter.start(1, capacity, passes)
         (tree,) = drafter.propose([news], Chain(depth=DRAFTED), DraftContext(depth=DRAFTED))
-        assert tree.confidence is not None
-        return tree.tokens.tolist(), tree.confidence.tolist()
+        return tree.tokens.tolist(), [] if tree.confidence is None else tree.confidence.tolist()
 
 
 def open_bench(target: Target, stored: StoredHead, probe: Probe) -> Bench:

@@ -105,7 +105,9 @@ def _layers(files: HeadFiles, hidden: int) -> Check:
 
 
 def _vocabulary(files: HeadFiles, vocab: int) -> Check:
-    d2t, t2d = files.tensor("d2t"), files.tensor("t2d")
+    d2t, t2d, token_map = (files.tensor(name) for name in ("d2t", "t2d", "token_map"))
+    if d2t is None and token_map is not None:  # Medusa's, which holds target ids
+        d2t = token_map.long() - torch.arange(len(token_map))
     if d2t is None:
         rows = files.tensor("lm_head.weight")
         if rows is None or len(rows) == vocab:

@@ -36,6 +36,7 @@ OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # the ser
 # Ends the server and all that it started when this process is gone, which closes the pipe that `cat` reads, and ends
 # itself when the server is.
 LEASH = '{ "$@"; kill -TERM 0; } & cat >/dev/null; kill -TERM 0'
+INDENTED = re.compile(r"(?:\(.*?\))?\s{2,}(\S.*)")  # behind the name of a process
 ERROR = re.compile(r"\b\w*(?:Error|Exception): .*")
 
 
@@ -154,8 +155,12 @@ def _cause(log: Path) -> str:
     """The first error in a log: it is the cause, and others follow from it in other processes. Warnings may name errors
     that did not happen."""
     lines = log.read_text(errors="replace").splitlines()
-    found = (ERROR.search(line) for line in lines if " WARNING " not in line and " INFO " not in line)
-    return next((one[0][:300] for one in found if one), "")
+    for line, behind in zip(lines, [*lines[1:], ""], strict=True):
+        found = ERROR.search(line)
+        if found and " WARNING " not in line and " INFO " not in line:
+            more = INDENTED.fullmatch(behind)  # pydantic's errors say what is wrong in the line behind
+            return f"{found[0]}{f' {more[1]}' if more else ''}"[:300]
+    return ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

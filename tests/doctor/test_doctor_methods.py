@@ -13,11 +13,13 @@ from spoilt_heads import failed, not_passed, verdicts
 from sstf.config import RunConfig
 from sstf.config_loading import load
 from sstf.data.progress import NoProgress
+from sstf.formats import engines_of, export_head
+from sstf.methods.checkpoint import read_head
 from sstf.pipeline import Run
 from sstf.targets import Target
 
 METHODS: dict[str, dict[str, Any]] = {
-    "medusa": {"kind": "medusa", "heads": 2},
+    "medusa": {"kind": "medusa", "heads": 2, "draft_vocab_size": 250},
     "eagle": {"kind": "eagle", "ttt_steps": 2},
     "eagle3": {"kind": "eagle3", "num_layers": 2, "layers": [2, 4, 6], "ttt_steps": 2, "draft_vocab_size": 200},
     "early_exit": {"kind": "early_exit", "exit_layer": 6, "draft_vocab_size": 200},
@@ -59,6 +61,13 @@ def heads(finished_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Ca
         return made[kind]
 
     return head
+
+
+@pytest.mark.parametrize("kind", [kind for kind in METHODS if "vllm" in engines_of(kind)])
+def test_its_export(kind: str, heads: Callable[[str], Path], target: Target, tmp_path: Path) -> None:
+    stored = read_head(heads(kind))
+    export_head(stored, "vllm", tmp_path, frozen=target.frozen_head)
+    assert failed(verdicts(tmp_path, target)) == []
 
 
 @pytest.mark.parametrize("kind", METHODS)

@@ -6,13 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import NEW, PROMPTS, learn
 from tiny_models import tiny_llama
 from transformers import PreTrainedTokenizerFast
 
 from sstf.data.progress import NoProgress
+from sstf.errors import WorkerError
+from sstf.formats import export_head, speculative_config
 from sstf.methods import DFlashConfig, DSparkConfig, Eagle3Config, EagleConfig, MedusaConfig, PEagleConfig
+from sstf.methods.checkpoint import read_head, save_head
+from sstf.methods.dspark import DSparkMethod
 from sstf.parity.ladder import ParitySettings, climb
+from sstf.parity.served import Serving, served
 from sstf.targets import Target, load_target
 
 pytestmark = pytest.mark.engine
@@ -23,7 +29,6 @@ METHODS: dict[str, Any] = {
     "eagle": EagleConfig(ttt_steps=3, token_weight=1.0),
     "eagle3": Eagle3Config(ttt_steps=3, num_layers=2, draft_vocab_size=200),
     "p_eagle": PEagleConfig(num_layers=2, depth=3, draft_vocab_size=200),
-    "dspark": DSparkConfig(block_size=3, num_layers=1, layers=(1, 3, 5), rank=8, verify_above=0),
     "dflash": DFlashConfig(block_size=4, num_layers=1, layers=(1, 3, 5)),
 }
 
@@ -48,3 +53,20 @@ def test_vllm_accepts_what_our_decoder_accepts(kind: str, vllm: Path, small_targ
     assert ours.accepted_length > 1.5  # there is something to lose
     assert theirs.accepted_length == pytest.approx(ours.accepted_length, rel=WITHIN)
     assert parity.passed, parity.faults
+
+
+def test_what_vllm_says_to_dspark_on_a_cpu(vllm: Path, small_target: Target, tmp_path: Path) -> None:
+    """It needs the runner that only GPUs have; a later version that runs it makes this fail."""
+    config = DSparkConfig(block_size=3, num_layers=1, layers=(1, 3, 5), rank=8)
+    method = DSparkMethod(config)
+    frozen = small_target.frozen_head
+    head = method.build_head(small_target.spec, frozen, torch.arange(len(frozen.lm_head)))
+    save_head(tmp_path / "head", config, head, small_target.spec, {})
+    export_head(read_head(tmp_path / "head"), "vllm", tmp_path / "vllm", frozen=frozen)
+    speculative = speculative_config("dspark", str(tmp_path / "vllm"), 3)
+    serving = Serving(vllm, Path(small_target.model.name_or_path), speculative, "float32", 256)
+    with (
+        pytest.raises(WorkerError, match="Model Runner V1 does not support: dspark speculative decoding"),
+        served(serving),
+    ):
+        pass
