@@ -9,7 +9,7 @@
 #
 # Environment: SSTF_VLLM_VENV and SSTF_SPECULATORS_VENV name other places for the environments; PYTHON and TORCH_ARGS
 # as in verify_vllm.sh; SSTF_INSTALL_TIMEOUT (default 420) is how many seconds an installation may take, and
-# SSTF_TEST_TIMEOUT (default 1200) how many the tests.
+# SSTF_TEST_TIMEOUT (default 1500) how many the tests.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -31,7 +31,7 @@ make_environment vLLM scripts/verify_vllm.sh || export SSTF_VLLM_VENV=$none
 make_environment speculators scripts/compare_speculators.sh || export SSTF_SPECULATORS_VENV=$none
 
 status=0
-timeout -k 30 "${SSTF_TEST_TIMEOUT:-1200}" .venv/bin/python -m pytest -q -rs -m engine tests/engines "$@" || status=$?
+timeout -k 30 "${SSTF_TEST_TIMEOUT:-1500}" .venv/bin/python -m pytest -q -rs -m engine tests/engines "$@" || status=$?
 
 for name in ${untested[@]+"${untested[@]}"}; do
     printf '\n*** NOT TESTED: %s could not be installed (see above), so nothing is known about it ***\n' "$name"

@@ -32,6 +32,7 @@ PAPERS = {
     "dspark": ("DSpark", "https://arxiv.org/abs/2607.05147"),
     "eagle": ("EAGLE", "https://arxiv.org/abs/2401.15077"),
     "eagle3": ("EAGLE-3", "https://arxiv.org/abs/2503.01840"),
+    "early_exit": ("early exit, as in Kangaroo", "https://arxiv.org/abs/2404.18911"),
     "medusa": ("Medusa", "https://arxiv.org/abs/2401.10774"),
     "p_eagle": ("P-EAGLE", "https://arxiv.org/abs/2602.01469"),
 }
