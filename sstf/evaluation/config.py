@@ -46,7 +46,7 @@ class EvalConfig(Section):
         taken = {PLAIN, NGRAM} & set(self.policies)
         if taken:
             raise ValueError(f"policies may not be named {sorted(taken)}: those rows are the baselines")
-        if self.suite not in NAMED and not Path(self.suite).is_file():
+        if self.suite not in NAMED and not _is_file(self.suite):
             raise ValueError(f"suite is {self.suite!r}, expected {', '.join(NAMED)} or an existing JSONL file")
         return self
 
@@ -65,3 +65,10 @@ class EvalConfig(Section):
             if type(cut := within(limits, policy)) is type(policy):
                 kept[name] = cut
         return self if kept == self.policies else self.model_copy(update={"policies": kept})
+
+
+def _is_file(path: str) -> bool:
+    try:
+        return Path(path).is_file()
+    except OSError:  # longer than names may be
+        return False

@@ -265,5 +265,7 @@ def test_an_unknown_suite_lists_the_known_ones(tmp_path: Path) -> None:
     known = ", ".join(NAMED)
     with pytest.raises(DataError, match=f"no such file.*{known}"):
         load_suite(str(tmp_path / "mtbench"))
+    with pytest.raises(ValidationError, match=f"suite is 'a{{400}}', expected {known}"):
+        EvalConfig(suite="a" * 400)
     with pytest.raises(ValidationError, match=f"suite is 'mtbench', expected {known}"):
         EvalConfig(suite="mtbench")
