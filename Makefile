@@ -27,7 +27,7 @@ demo: install  ## Train and measure a draft head for a small real model, start t
 	@$(BIN)/sstf run configs/smollm2-135m-instruct/demo.yaml
 
 test: install  ## Run the fast tests
-	@$(BIN)/python -m pytest -q
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadfile
 
 test-slow: install  ## Run the proofs on the real target (minutes)
 	@$(BIN)/python -m pytest -q -rs -m slow

@@ -283,7 +283,7 @@ def main() -> None:
     lines, progress = Lines(args.out / "lines.jsonl"), display(Console())
     target = load_configured(TargetConfig(name=args.target))
     if not lines.find(bench="machine"):
-        lines.add(bench="machine", target=args.target, dtype=target.spec.dtype, **hardware(target.device))
+        lines.add(bench="machine", target=args.target, dtype=target.spec.dtype, **hardware())
     store = features(target, args.methods, args, progress)
     for budget in args.budgets:
         for kind in args.methods:

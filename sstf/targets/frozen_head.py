@@ -123,6 +123,8 @@ def final_norm(decoder: nn.Module, name: str) -> nn.Module:
 def is_plain(norm: nn.Module, size: int, eps: float) -> bool:
     """Whether a norm is an RMSNorm times its weight: tried on a copy, so that its weights need not be in memory."""
     copied = copy.deepcopy(norm).to_empty(device="cpu").float()
+    # Of a module whose weights lie on the disk, accelerate has put a `forward` that fetches them over the class's own.
+    vars(copied).pop("forward", None)
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode():
         for parameter in copied.parameters():

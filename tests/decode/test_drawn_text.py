@@ -158,6 +158,7 @@ def test_token_by_token(name: str, markov: Target) -> None:
     assert found.accepted > 1.3
 
 
+@pytest.mark.slow
 def test_a_hundred_thousand_draws(markov: Target) -> None:
     found = texts(
         SpeculativeDecoder(markov, head_of(markov), StaticTree.full(2, 2, draw="without_replacement")), 100_000, 64

@@ -131,10 +131,12 @@ def test_one_by_one(kind: str, tiny_target: Target, pairs: Pairs) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_in_a_batch(kind: str, tiny_target: Target, pairs: Pairs) -> None:
-    """All prompts, in slots that are used again and again, next to prompts of other lengths and limits."""
+    """In slots that are used again and again, beside prompts of other lengths and limits: all prompts, or half of them
+    where a real head drafts, which takes longer."""
     decoder = decoder_of(kind, tiny_target, pairs, SLOTS)
-    shuffled = [pairs[(i * 27) % 64] for i in range(64)]  # 27 and 64 have no common factor
-    limits = list(itertools.islice(itertools.cycle(LIMITS), 64))
+    count = 64 if KINDS[kind][0] in ("none", "told", "ngram") else 32
+    shuffled = [pairs[(i * 27) % 64] for i in range(count)]  # 27 and 64 have no common factor
+    limits = list(itertools.islice(itertools.cycle(LIMITS), count))
     found = decoder.generate_batch(
         [prompt for prompt, _ in shuffled], [SamplingParams(max_new_tokens=limit) for limit in limits], SLOTS
     )

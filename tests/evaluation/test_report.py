@@ -20,7 +20,7 @@ from sstf.evaluation import EvalConfig, Evaluation, measure, write_report
 from sstf.evaluation.metrics import Record
 from sstf.evaluation.report import training_curve
 from sstf.evaluation.run import _prepare, _vocabulary_cap
-from sstf.methods import Eagle3Config, NgramConfig, TrainableMethod, build_method
+from sstf.methods import Eagle3Config, SuffixConfig, TrainableMethod, build_method
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
 from sstf.trees import Chain, CostAwareTree, DynamicTree
@@ -122,7 +122,7 @@ def test_costs_are_measured_once(tiny_target: Target, config: EvalConfig, monkey
         raise AssertionError("measured by the arm itself")
 
     monkeypatch.setattr("sstf.decode.engine.measure_costs", again)
-    head = DraftHead("ngram", build_method(NgramConfig()))
+    head = DraftHead("suffix", build_method(SuffixConfig()))
     changes = {"policies": {"aware": CostAwareTree(depth=2, total_tokens=4)}, "repeats": 1, "max_new_tokens": 4}
     found = measure(tiny_target, head, config.model_copy(update=changes), NoProgress())
     assert list(found.costs) == [1] and "aware" in {row.arm for row in found.rows}
@@ -131,7 +131,7 @@ def test_costs_are_measured_once(tiny_target: Target, config: EvalConfig, monkey
 def test_the_vocabulary_cap_against_all_distributions(tiny_target: Target, config: EvalConfig) -> None:
     """Greedy: the share of the text's tokens. Drawn: the mean over a sample of the prompts, here 2 of 3."""
     drafts = torch.arange(300) % 2 == 0
-    setting = _prepare(tiny_target, None, config, 0)
+    setting = _prepare(tiny_target, {}, config, 0)
     texts = [[4, 7, 8, 10], [12, 3, 5], [6, 6, 9, 11, 2]]
     plain = [
         Record(prompt.id, "a", [1] * (len(text) - 1), text, 1.0, 0.0, 1.0)

@@ -36,7 +36,9 @@ def make(kind: str, store: FeatureStore, folder: Path, config: TrainConfig) -> T
     return Trainer(store, method, KINDS[kind], config, folder, 0)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [kind if kind == "dflash" else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
 def test_learned_by_heart(
     kind: str, store: FeatureStore, samples: list[TokenSample], tiny_target: Target, tmp_path: Path
 ) -> None:
