@@ -232,7 +232,7 @@ def _cell(row: dict[str, Any] | None) -> str:
         return "–"
     low, high = row["accepted_length_ci"]
     text = f"{row['accepted_length']:.2f} ({low:.2f} to {high:.2f}), {row['speedup']:.2f}x"
-    return f"void: {row['void'].split(':')[0]}" if row["void"] else text
+    return f"{text}, void: {row['void'].split(':')[0]}" if row["void"] else text
 
 
 def pareto(lines: Lines, budget: str, path: Path) -> None:
