@@ -22,8 +22,8 @@ from sstf.errors import ConfigError
 from sstf.features.dataset import rows_ahead
 from sstf.features.spec import FeatureSpec
 from sstf.heads import BlockHead, BlockShape
-from sstf.losses import Added, CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
-from sstf.methods.base import WHOLE_VOCABULARY, News, ShallowPasses
+from sstf.losses import CHUNK, Added, CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
+from sstf.methods.base import WHOLE_VOCABULARY, DraftLimits, News, ShallowPasses
 from sstf.methods.supervision import teachers_over
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
@@ -150,6 +150,45 @@ def initialise(head: BlockHead, frozen: FrozenHead) -> None:
     head.norm.weight.copy_(frozen.final_norm)
     if head.correction is not None:  # which begins as nothing
         head.correction.zero_()
+
+
+class BlockMethod:
+    """What the `TrainableMethod`s of block drafters have in common."""
+
+    first_slot: ClassVar[int] = 1  # of a block that predicts: behind the anchor, or the anchor's own
+
+    def __init__(self, config: BlockConfig) -> None:
+        self.loss_rows = CHUNK
+        self._block = config
+
+    @property
+    def draft_vocab_size(self) -> int:
+        """Tokens that the head can propose."""
+        return self._block.vocabulary
+
+    @property
+    def positions(self) -> int:
+        """Drafts of a block."""
+        return self._block.block_size - self.first_slot
+
+    @property
+    def unrolls(self) -> int:
+        """One: blocks are computed some at a time, and kept as what `lm_head` reads."""
+        return 1
+
+    @property
+    def limits(self) -> DraftLimits:
+        """A block is all that can be drafted."""
+        return DraftLimits(depth=self.positions)
+
+    @property
+    def shared_layers(self) -> int:
+        """None: the head has layers of its own."""
+        return 0
+
+    def feature_spec(self, target: TargetSpec) -> FeatureSpec:
+        """See `BlockConfig.layers`."""
+        return block_features(self._block, target)
 
 
 # ---- loss ------------------------------------------------------------------------------------------------------------

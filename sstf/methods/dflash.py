@@ -14,15 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sstf.features.spec import FeatureSpec
 from sstf.heads import BlockHead
-from sstf.losses import CHUNK
-from sstf.methods.base import DraftLimits
 from sstf.methods.block import (
     BlockConfig,
     BlockDrafter,
+    BlockMethod,
     Judged,
-    block_features,
     block_shape,
     initialise,
     mask_token_of,
@@ -37,45 +34,16 @@ class DFlashConfig(BlockConfig):
     kind: Literal["dflash"] = "dflash"
 
 
-class DFlashMethod:
+class DFlashMethod(BlockMethod):
     """A `TrainableMethod`."""
 
     def __init__(self, config: DFlashConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.loss_rows = CHUNK
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Tokens that the head can propose."""
-        return self.config.vocabulary
-
-    @property
-    def positions(self) -> int:
-        """Drafts of a block."""
-        return self.config.block_size - 1
-
-    @property
-    def unrolls(self) -> int:
-        """One: blocks are computed some at a time, and kept as what `lm_head` reads."""
-        return 1
-
-    @property
-    def limits(self) -> DraftLimits:
-        """A block is all that can be drafted."""
-        return DraftLimits(depth=self.positions)
-
-    @property
-    def shared_layers(self) -> int:
-        """None: the head has layers of its own."""
-        return 0
-
-    def feature_spec(self, target: TargetSpec) -> FeatureSpec:
-        """See `BlockConfig.layers`."""
-        return block_features(self.config, target)
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> BlockHead:
         """A new head, random but for its final norm."""
-        shape = block_shape(self.config, target, first_slot=1)
+        shape = block_shape(self.config, target, first_slot=self.first_slot)
         mask_token = mask_token_of(self.config, frozen.embeddings)
         head = BlockHead(shape, frozen.embeddings, frozen.lm_head, draft_tokens, mask_token)
         initialise(head, frozen)

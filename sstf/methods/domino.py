@@ -17,15 +17,12 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from sstf.features.spec import FeatureSpec
 from sstf.heads import DominoHead
-from sstf.losses import CHUNK
-from sstf.methods.base import DraftLimits
 from sstf.methods.block import (
     BlockConfig,
     BlockDrafter,
+    BlockMethod,
     Judged,
-    block_features,
     block_shape,
     initialise,
     mask_token_of,
@@ -42,47 +39,18 @@ class DominoConfig(BlockConfig):
     rank: int = Field(default=256, ge=1)
 
 
-class DominoMethod:
+class DominoMethod(BlockMethod):
     """A `TrainableMethod`."""
 
     def __init__(self, config: DominoConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.loss_rows = CHUNK
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Tokens that the head can propose."""
-        return self.config.vocabulary
-
-    @property
-    def positions(self) -> int:
-        """Drafts of a block."""
-        return self.config.block_size - 1
-
-    @property
-    def unrolls(self) -> int:
-        """One: blocks are computed some at a time, and kept as what `lm_head` reads."""
-        return 1
-
-    @property
-    def limits(self) -> DraftLimits:
-        """A block is all that can be drafted."""
-        return DraftLimits(depth=self.positions)
-
-    @property
-    def shared_layers(self) -> int:
-        """None: the head has layers of its own."""
-        return 0
-
-    def feature_spec(self, target: TargetSpec) -> FeatureSpec:
-        """See `BlockConfig.layers`."""
-        return block_features(self.config, target)
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> DominoHead:
         """A new head, random but for its final norm; its correction is nothing yet."""
         config = self.config
         head = DominoHead(
-            block_shape(config, target, first_slot=1), frozen.embeddings, frozen.lm_head, draft_tokens,
+            block_shape(config, target, first_slot=self.first_slot), frozen.embeddings, frozen.lm_head, draft_tokens,
             mask_token_of(config, frozen.embeddings), config.gru_size, config.rank,
         )  # fmt: skip
         initialise(head, frozen)

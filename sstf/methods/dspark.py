@@ -26,15 +26,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from sstf.features.spec import FeatureSpec
 from sstf.heads import DSparkHead
-from sstf.losses import CHUNK, Mixed, Objective
-from sstf.methods.base import DraftLimits
+from sstf.losses import Mixed, Objective
 from sstf.methods.block import (
     BlockConfig,
     BlockDrafter,
+    BlockMethod,
     Judged,
-    block_features,
     block_shape,
     initialise,
     mask_token_of,
@@ -60,47 +58,20 @@ class DSparkConfig(BlockConfig):
     verify_above: float = Field(default=0.05, ge=0, lt=1)
 
 
-class DSparkMethod:
+class DSparkMethod(BlockMethod):
     """A `TrainableMethod`."""
 
+    first_slot = 0
+
     def __init__(self, config: DSparkConfig) -> None:
+        super().__init__(config)
         self.config = config
-        self.loss_rows = CHUNK
-
-    @property
-    def draft_vocab_size(self) -> int:
-        """Tokens that the head can propose."""
-        return self.config.vocabulary
-
-    @property
-    def positions(self) -> int:
-        """Drafts of a block."""
-        return self.config.block_size
-
-    @property
-    def unrolls(self) -> int:
-        """One: blocks are computed some at a time, and kept as what `lm_head` reads."""
-        return 1
-
-    @property
-    def limits(self) -> DraftLimits:
-        """A block is all that can be drafted."""
-        return DraftLimits(depth=self.positions)
-
-    @property
-    def shared_layers(self) -> int:
-        """None: the head has layers of its own."""
-        return 0
-
-    def feature_spec(self, target: TargetSpec) -> FeatureSpec:
-        """See `BlockConfig.layers`."""
-        return block_features(self.config, target)
 
     def build_head(self, target: TargetSpec, frozen: FrozenHead, draft_tokens: Tensor) -> DSparkHead:
         """A new head, random but for its final norm; bias and confidence are nothing yet."""
         config = self.config
         head = DSparkHead(
-            block_shape(config, target, first_slot=0), frozen.embeddings, frozen.lm_head, draft_tokens,
+            block_shape(config, target, first_slot=self.first_slot), frozen.embeddings, frozen.lm_head, draft_tokens,
             mask_token_of(config, frozen.embeddings), config.rank,
         )  # fmt: skip
         initialise(head, frozen)
