@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
+from pathlib import Path
 
 from sstf.errors import ConfigError
 from sstf.tracking.base import TrackedRun
@@ -26,6 +28,7 @@ class TensorboardTracker:
             ) from None
         folder = run.folder / "tensorboard"
         known = folder.exists()
+        _wait_for_a_later_name(folder)
         self._writer = SummaryWriter(str(folder), purge_step=run.resume_step + 1)
         text = json.dumps(run.config, indent=2, default=str)
         self._writer.add_text("config", f"```json\n{text}\n```", run.resume_step)
@@ -42,3 +45,10 @@ class TensorboardTracker:
     def close(self) -> None:
         """Close the file."""
         self._writer.close()
+
+
+def _wait_for_a_later_name(folder: Path) -> None:
+    """TensorBoard reads files by name, which begins with the second of their start: two starts within one second would
+    be read in the order of their process numbers, and the later be purged by the earlier."""
+    newest = max((int(file.name.split(".")[3]) for file in folder.glob("events.out.tfevents.*")), default=0)
+    time.sleep(max(0.0, min(newest + 1 - time.time(), 1.0)))  # a file of another clock's future is not waited for

@@ -76,6 +76,19 @@ def test_tensorboard_forgets_steps_that_are_not_made_again(tmp_path: Path) -> No
     assert in_tensorboard(tmp_path) == expected(1, 2, 3)
 
 
+def test_tensorboard_starts_within_one_second_are_read_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name is the second, the host, the process: the second start's number may be the lower one."""
+    for resume_step, steps, process in ((0, (1, 2, 3), 20), (2, (3, 4), 10)):
+        monkeypatch.setattr("os.getpid", lambda process=process: process)
+        for tracker in open_trackers(("tensorboard",), "tiny", tmp_path, CONFIG, resume_step, print):
+            for step in steps:
+                tracker.log(step, figures(step))
+            tracker.close()
+    assert in_tensorboard(tmp_path) == expected(1, 2, 3, 4)
+
+
 def test_a_tracker_that_is_added_later_gets_the_history(tmp_path: Path, offline: Path) -> None:
     for tracker in open_trackers((), "tiny", tmp_path, CONFIG, 0):
         for step in (1, 2, 3):
