@@ -16,7 +16,7 @@ from sstf.dashboard.tables import Curve
 from sstf.dashboard.tail import Tail
 from sstf.errors import ConfigError
 
-STAGES = ("data", "extract", "train", "eval", "export")
+STAGES = ("data", "extract", "train", "on_policy", "eval", "export")
 SILENT = 300.0  # seconds; or three times the longest pause so far
 FALLEN = 0.9  # of the best simulated accepted length
 ACCEPTED = "val/simulated_accepted_length"

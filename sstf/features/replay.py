@@ -11,9 +11,10 @@ prompt x_0 .. x_3, the first token x_4 from the prefill, and passes of three dra
 | 1 | x_6 | 5 | x_7 .. x_10 | 3 | none | 0, 0, 0 |
 | 2 | x_10 | 9 | x_11 | 0 | 0 | 1, decay, decay^2 |
 
-(The text goes on behind x_11.) At the first rejected draft, what the head had drafted before is the text itself, so the teacher of the text is exactly
-the distribution that the target verified it with. Behind it the head drafted on from a token that is not in the text;
-those drafts are taught along the text's own continuation instead, which weighs less by the decay.
+(The text goes on behind x_11.) At the first rejected draft, what the head had drafted before is the text itself, so the
+teacher of the text is exactly the distribution that the target verified it with. Behind it the head drafted on from a
+token that is not in the text; those drafts are taught along the text's own continuation instead, which weighs less by
+the decay.
 """
 
 from __future__ import annotations
