@@ -46,8 +46,8 @@ def head_bytes(run: Run) -> bytes:
 
 
 def test_a_run_with_rollouts(write_config: WriteConfig, capsys: pytest.CaptureFixture[str]) -> None:
-    plain = open_run(write_config(train__parity=False))
-    config = write_config(train__parity=False, on_policy=SECTION)
+    plain = open_run(write_config())
+    config = write_config(on_policy=SECTION)
     run = open_run(config)
     assert all(run.keys[stage] == plain.keys[stage] for stage in ("data", "extract", "train"))
     assert all(run.keys[stage] != plain.keys[stage] for stage in ("eval", "export"))
@@ -74,6 +74,7 @@ def test_a_run_with_rollouts(write_config: WriteConfig, capsys: pytest.CaptureFi
         assert max(row["lr"] for row in rate if "lr" in row) == pytest.approx(0.3 * 1e-3)
         assert rate[0]["step"] == 0 and "val/simulated_accepted_length" in rate[0]
     assert read_head(run.head).layers == read_head(run.folder("train") / "head").layers
+    assert summary["parity"]["verdict"] == "pass", summary["parity"]
     assert (folder / "run.json").is_file()
     assert find_head(str(run.config.folder)) == run.head
     report = json.loads((run.folder("eval") / "report.json").read_text(encoding="utf-8"))
