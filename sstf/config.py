@@ -12,9 +12,10 @@ from sstf.errors import ConfigError
 from sstf.evaluation import EvalConfig
 from sstf.features import ExtractConfig
 from sstf.formats import ExportConfig
-from sstf.methods import Eagle3Config, MethodConfig, build_method
+from sstf.methods import Eagle3Config, MethodConfig, TrainableMethod, build_method
 from sstf.targets import TargetConfig
 from sstf.train.config import TrainConfig
+from sstf.train.on_policy import OnPolicyConfig
 
 
 class RunConfig(Section):
@@ -23,6 +24,8 @@ class RunConfig(Section):
 
     `serving_context` is how many tokens a conversation will have where the head is served, None for all that the
     target takes. Only the plan reads it, to compare it with `data.max_length`.
+
+    `on_policy` trains the head further on what comes of its own drafts; None, the default, does not.
     """
 
     name: str = Field(min_length=1, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -34,6 +37,7 @@ class RunConfig(Section):
     extract: ExtractConfig = ExtractConfig()
     method: MethodConfig = Eagle3Config()
     train: TrainConfig = TrainConfig(epochs=3)
+    on_policy: OnPolicyConfig | None = None
     eval: EvalConfig = Field(default=EvalConfig(), validate_default=True)
     export: ExportConfig = ExportConfig()
 
@@ -47,6 +51,23 @@ class RunConfig(Section):
             return given.fitted(build_method(method).limits, f"method {method.kind}")
         except ConfigError as error:
             raise ValueError(str(error)) from None
+
+    @field_validator("on_policy")
+    @classmethod
+    def _can_be_taught(cls, given: OnPolicyConfig | None, info: ValidationInfo) -> OnPolicyConfig | None:
+        if given is None or "method" not in info.data:
+            return given
+        settings = info.data["method"]
+        method = build_method(settings)
+        if not isinstance(method, TrainableMethod):
+            raise ValueError(f"method.kind={settings.kind} has no head to train on rollouts; remove on_policy")
+        limit = min(method.positions, method.limits.depth or method.positions)
+        if given.depth is not None and given.depth > limit:
+            raise ValueError(
+                f"on_policy.depth is {given.depth}, but method {settings.kind} teaches {limit} draft positions; "
+                f"expected 1 to {limit}, or nothing for all of them"
+            )
+        return given
 
     @property
     def folder(self) -> Path:

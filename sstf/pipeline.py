@@ -39,7 +39,18 @@ from sstf.data.server_client import ServerConfig
 from sstf.data.tokens import TokenStore
 from sstf.errors import ConfigError, DamagedDataError, DataError, SstfError, TargetError
 from sstf.evaluation import load_suite, measure, write_report
-from sstf.features import WHOLE, FeatureSource, FeatureStore, OnlineFeatures, Part, extract, own_target, verify
+from sstf.features import (
+    WHOLE,
+    FeatureSource,
+    FeatureStore,
+    OnlineFeatures,
+    Part,
+    Replay,
+    extract,
+    own_target,
+    split,
+    verify,
+)
 from sstf.features.on_policy import argmax_share
 from sstf.formats import export_head, needs_target
 from sstf.methods import TrainableMethod, build_method
@@ -47,6 +58,8 @@ from sstf.methods.checkpoint import DraftHead, load_head, read_head
 from sstf.parity.ladder import ParitySettings, climb
 from sstf.targets import EMBEDDED, Target, load_configured
 from sstf.targets.sampling import BatchSampler
+from sstf.train.config import TrainConfig
+from sstf.train.on_policy import accepted_length, choose_prompts, read_rollouts, roll_out, write_rollouts
 from sstf.train.parallel import open_launch
 from sstf.train.real_decode import RealDecode
 from sstf.train.trainer import Trainer
@@ -55,7 +68,10 @@ from sstf.types import TokenSample
 STAGES = ("data", "extract", "train", "eval", "export")
 # The file that closes a stage's results. Where it was deleted, the stage runs again and makes what is missing.
 RESULT = {"data": "tokens.json", "extract": "manifest.json", "train": "head/head.json", "eval": "report.json"}
-NEEDS = {"data": None, "extract": "data", "train": "extract", "eval": "train", "export": "train"}
+RESULT["on_policy"] = RESULT["train"]
+NEEDS: dict[str, str | None] = {"data": None, "extract": "data", "train": "extract", "eval": "train", "export": "train"}
+# Where the head is trained further on its own rollouts, that head is what is taken.
+NEEDS_ON_POLICY: dict[str, str | None] = {"on_policy": "train", "eval": "on_policy", "export": "on_policy"}
 # Where training asks the target itself, nothing is extracted.
 NEEDS_ONLINE = NEEDS | {"train": "data"}
 # A lower share of trained tokens that are the target's argmax is worth a note; see docs/data.md for what was measured.
@@ -63,7 +79,7 @@ OWN_ANSWERS = 0.65
 PARITY_PROMPTS = 4  # enough to tell a broken head; `sstf parity` takes more, to measure a good one
 PREVIEWED = 100  # conversations that a preview of a source reads
 # Raised when a stage's code changes what it writes, so that results of older code are not taken for its own.
-VERSIONS = {"data": 2, "extract": 2, "train": 2, "eval": 2, "export": 2}
+VERSIONS = {"data": 2, "extract": 2, "train": 2, "on_policy": 1, "eval": 2, "export": 2}
 
 
 @dataclass(frozen=True)
@@ -95,6 +111,7 @@ class Run:
             "data": self._data,
             "extract": self._extract,
             "train": self._train,
+            "on_policy": self._on_policy,
             "eval": self._eval,
             "export": self._export,
         }
@@ -137,8 +154,10 @@ class Run:
             ],
             "export": [config.export.model_dump(mode="json")],
         }
+        if config.on_policy:
+            settings["on_policy"] = [config.on_policy.model_dump(mode="json", exclude={"slots"})]
         keys: dict[str, str] = {}
-        for stage in STAGES:
+        for stage in self.stages:
             before = self._before(stage)
             content = json.dumps([VERSIONS[stage], settings[stage], keys[before] if before else ""], sort_keys=True)
             keys[stage] = hashlib.sha256(content.encode()).hexdigest()[:12]
@@ -157,6 +176,22 @@ class Run:
         parts = [settings, self._engine_kind(), data.turns == "every", self._target_identity(), self._source_digest()]
         digest = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:12]
         return self.config.folder / "generated" / digest
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """In order, with the one that only a section `on_policy` brings."""
+        after = STAGES.index("train") + 1
+        return (*STAGES[:after], "on_policy", *STAGES[after:]) if self.config.on_policy else STAGES
+
+    @property
+    def head_stage(self) -> str:
+        """The stage whose head is evaluated, exported and published."""
+        return "on_policy" if self.config.on_policy else "train"
+
+    @property
+    def head(self) -> Path:
+        """The folder of that head."""
+        return self.folder(self.head_stage) / "head"
 
     @property
     def trains(self) -> bool:
@@ -245,7 +280,7 @@ class Run:
             SstfError: a stage found its input wrong or damaged; the stages before it are kept.
         """
         self._check(wanted)
-        order = [stage for stage in STAGES if any(stage == w or stage in self._needed(w) for w in wanted)]
+        order = [stage for stage in self.stages if any(stage == w or stage in self._needed(w) for w in wanted)]
         with self._lock():
             missing = [stage for stage in order if self.summary(stage) is None]
             if "eval" in missing:
@@ -310,19 +345,29 @@ class Run:
                     summary |= self._parity(folder / "head")
                     write_bytes_atomic(folder / "config.yaml", dump(self.config).encode())
                     write_json_atomic(folder / "done.json", summary)
+        if self.config.on_policy and open_launch().is_main:
+            self.progress.note("on_policy is still to be done, by one process: run `sstf on-policy` with the same file")
 
     def _before(self, stage: str) -> str | None:
-        return (NEEDS_ONLINE if self.online else NEEDS)[stage] if self.trains else None
+        if not self.trains:
+            return None
+        needs = NEEDS_ONLINE if self.online else NEEDS
+        return (needs | NEEDS_ON_POLICY if self.config.on_policy else needs)[stage]
 
     def _needed(self, stage: str) -> set[str]:
         before = self._before(stage)
         return {before, *self._needed(before)} if before else set()
 
     def _check(self, wanted: Iterable[str]) -> None:
-        if not self.trains and any(stage in ("extract", "train", "export") for stage in wanted):
+        if not self.trains and any(stage in ("extract", "train", "on_policy", "export") for stage in wanted):
             raise ConfigError(
                 f"method.kind={self.config.method.kind} needs no training, so there is nothing to extract, train "
                 "or export; use `sstf eval`"
+            )
+        if "on_policy" in wanted and not self.config.on_policy:
+            raise ConfigError(
+                "this configuration has no section on_policy, so its head is trained on no rollouts; add one, such as "
+                "`on_policy: {rounds: 1, steps: 200}`, or use `sstf train`"
             )
         if self.online and "extract" in wanted:
             raise ConfigError(
@@ -447,7 +492,10 @@ class Run:
         return self._extracted(folder)
 
     def _extract_shards(self, folder: Path, part: Part) -> bool:
-        samples, config = TokenStore(self.folder("data")).read(), self.config
+        return self._extract_samples(TokenStore(self.folder("data")).read(), folder, part)
+
+    def _extract_samples(self, samples: list[TokenSample], folder: Path, part: Part) -> bool:
+        config = self.config
         if config.extract.elsewhere:  # other processes need the memory
             self._target = None
             gc.collect()
@@ -498,23 +546,92 @@ class Run:
         self.progress.note(parity.sentence)
         return {"parity": parity.to_json()}
 
-    def _trainer(self, folder: Path) -> Trainer:
+    def _trainer(self, folder: Path, replay: Replay | None = None, how: TrainConfig | None = None) -> Trainer:
         config, method = self.config, self.method
         assert isinstance(method, TrainableMethod)
         launch, real_decode = open_launch(), None
         if config.train.real_decode and launch.is_main:
             real_decode = RealDecode(self.target, method.positions, config.train.real_decode)
-        return Trainer(self._features(), method, config.method, config.train, folder, config.seed, real_decode, launch)
+        held_out = replay.held_out if replay else None
+        source = replay or self._features()
+        how = how or config.train
+        return Trainer(source, method, config.method, how, folder, config.seed, real_decode, launch, held_out)
 
     def _features(self) -> FeatureSource:
         if not self.online:
             return FeatureStore(self.folder("extract"))
-        samples = TokenStore(self.folder("data")).read()
+        return self._computed(TokenStore(self.folder("data")).read())
+
+    def _computed(self, samples: list[TokenSample]) -> OnlineFeatures:
         spec = self.method.feature_spec(self.target.spec)
         return OnlineFeatures(self.target, samples, spec, self.config.extract)
 
+    def _on_policy(self, folder: Path) -> dict[str, Any]:
+        """Rounds of rollouts and of training on them, each from the head of the one before. A round that is done says
+        so in its folder; the last one's results become the stage's."""
+        config = self.config.on_policy
+        assert config is not None
+        if (processes := open_launch().processes) > 1:
+            raise ConfigError(
+                f"on_policy lets one process decode and train, {processes} were started; run `sstf on-policy` or "
+                "`sstf run` without a launcher once the training is done"
+            )
+        trained = self.summary("train") or {}
+        head, length = self.folder("train") / "head", trained["accepted_length"]
+        rounds: list[dict[str, Any]] = []
+        for number in range(1, config.rounds + 1):
+            here = folder / f"round-{number}"
+            done = here / "done.json"
+            if not done.exists():
+                write_json_atomic(done, self._round(here, number, head))
+            found = json.loads(done.read_text(encoding="utf-8")) | {"accepted_length_before": length}
+            head, length = here / "head", found["accepted_length"]
+            rounds.append(found)
+        for name in ("run.json", "metrics.jsonl"):  # of the head that is there, for its record
+            if (last := head.parent / name).exists():
+                write_bytes_atomic(folder / name, last.read_bytes())
+        (folder / "head").mkdir(exist_ok=True)
+        for name in ("head.safetensors", "head.json"):  # the latter last: it says that the head is there
+            write_bytes_atomic(folder / "head" / name, (head / name).read_bytes())
+        before = rounds[0]["accepted_length_before"]
+        if length is not None:
+            self.progress.note(f"on-policy: accepted length {before:.3f} -> {length:.3f} on held-out text")
+        summary: dict[str, Any] = rounds[-1] | {"accepted_length_before": before, "rounds": rounds}
+        return summary | self._parity(folder / "head")
+
+    def _round(self, folder: Path, number: int, head: Path) -> dict[str, Any]:
+        config, method, seed = self.config.on_policy, self.method, self.config.seed
+        assert config is not None and isinstance(method, TrainableMethod)
+        ordinary = self._features()
+        training, held_out = split(ordinary, self.config.train.validation_conversations, seed)
+        rollouts = read_rollouts(folder / "rollouts")
+        if rollouts is None:
+            prompts = choose_prompts(ordinary, training, config, number, seed, self.target.context)
+            depth, drafter = config.depth or method.positions, load_head(head, self.target)
+            drawn = seed * 1_000_003 + number
+            rollouts = roll_out(self.target, drafter, prompts, depth, config, drawn, self.progress)
+            write_rollouts(folder / "rollouts", rollouts)
+            del drafter
+        samples = [rollout.sample for rollout in rollouts]
+        played: FeatureSource
+        if self.online:
+            played = self._computed(samples)
+        else:
+            self._extract_samples(samples, folder / "features", WHOLE)
+            played = FeatureStore(folder / "features")
+        anchors = [rollout.anchors for rollout in rollouts]
+        replay = Replay(played, anchors, ordinary, held_out, method.positions, config.decay, config.weight)
+        trainer = self._trainer(folder, replay, config.training(self.config.train, head))
+        summary = trainer.run(self.progress, self.config.name, self.config.model_dump(mode="json"))
+        return summary | {
+            "rollouts": len(rollouts),
+            "rollout_tokens": sum(sum(sample.loss_mask) for sample in samples),
+            "rollout_accepted_length": round(accepted_length(rollouts), 4),
+            "rejected_passes": sum(anchor.rejected is not None for passes in anchors for anchor in passes),
+        }
+
     def _eval(self, folder: Path) -> dict[str, Any]:
-        path = self.folder("train") / "head" if self.trains else None
+        path = self.head if self.trains else None
         head = load_head(path, self.target) if path else DraftHead(self.config.method.kind, self.method)
         seen = self._seen_in_training()
         found = measure(self.target, head, self.config.eval, self.progress, self.config.seed)
@@ -552,7 +669,7 @@ class Run:
         return seen
 
     def _export(self, folder: Path) -> dict[str, Any]:
-        stored = read_head(self.folder("train") / "head")
+        stored = read_head(self.head)
         engines = self.config.export.chosen(stored.config.kind)
         if not engines:
             self.progress.note(f"no engine here knows method {stored.config.kind}: there is nothing to export")

@@ -115,6 +115,9 @@ class FeatureBatch:
     # One a document, for methods that train on a random part of the rows: another in every step of a training, and
     # the same wherever the document stands. Empty where nobody draws.
     seeds: tuple[int, ...] = ()
+    # [position, seq] float32, weight of KL(draft || target) at draft position i of row t, besides the method's
+    # objective: where the target rejected what a head drafted (`features/replay.py`). None where nothing is replayed.
+    rejected: Tensor | None = None
     # Share of a training that is done, for losses that change on the way: 0 in its first step; 1 outside of a training,
     # where the loss is the one that it ends with.
     progress: float = 1.0

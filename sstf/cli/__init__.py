@@ -30,6 +30,7 @@ COMMANDS = {
     "data": ("conversations with the target's answers, as token ids and loss masks", ("data",)),
     "extract": ("hidden states of the target, as a feature store", ("extract",)),
     "train": ("train the head in this process (several: accelerate launch -m sstf.train CONFIG)", ("train",)),
+    "on-policy": ("train the head further on its own rollouts (section on_policy; one process)", ("on_policy",)),
     "eval": ("measure accepted length and speedup against the plain target", ("eval",)),
     "export": ("write the head in the forms that serving engines load", ("export",)),
 }
@@ -298,11 +299,12 @@ def _show(run: Run, wanted: Sequence[str], out: Console) -> None:
         ("extract", "", "features"),
         ("train", "head", "head"),
         ("train", "metrics.jsonl", "training log"),
+        ("on_policy", "head", "on-policy head"),
         ("eval", "report.md", "report"),
         ("eval", "report.html", "page"),
         ("export", "", "for engines"),
     ):
-        if run.summary(stage) is not None:
+        if stage in run.stages and run.summary(stage) is not None:
             # Not a table, which would break long paths to fit the terminal.
             out.print(Text(f"{label:<15}{run.folder(stage) / inner}"), soft_wrap=True)
 

@@ -67,10 +67,10 @@ def _of_run(config: Path, overrides: list[str], progress: Progress) -> Report:
     run = load_run(config, overrides, progress)
     target = run.target
     checks = [*_data(run), *_features(run), *_training(run)]
-    if run.trains and run.summary("train") is not None:
-        checks += check_head(run.folder("train") / "head", target, progress)
+    if run.trains and run.summary(run.head_stage) is not None:
+        checks += check_head(run.head, target, progress)
     else:
-        checks += skipped(QUESTIONS, _undone(run, "train"))
+        checks += skipped(QUESTIONS, _undone(run, run.head_stage))
     return Report(str(config), target.spec.name, tuple(checks))
 
 

@@ -77,7 +77,7 @@ def _subject(name: str, err: Console) -> tuple[Path, Path | None]:
     run = load_run(Path(name), [], display(err))
     if not run.trains:
         raise ConfigError(f"{name}: method.kind={run.config.method.kind} trains no head that could be published")
-    if run.summary("train") is None:
+    if run.summary(run.head_stage) is None:
         raise ConfigError(f"{name}: its head is not trained yet; run `sstf run {name}` first")
     evaluated = run.folder("eval") if run.summary("eval") is not None else None
-    return run.folder("train") / "head", evaluated
+    return run.head, evaluated

@@ -59,8 +59,8 @@ def run(args: argparse.Namespace, err: Console) -> int:
         if args.target:
             raise ConfigError("--target is for a head's folder; a configuration names its target itself")
         trained = load_run(Path(args.subject), [], progress)
-        trained.up_to("train")
-        folder, target = trained.folder("train") / "head", trained.target
+        trained.up_to(trained.head_stage)
+        folder, target = trained.head, trained.target
     else:
         folder = find_head(args.subject)
         target = target_of(folder, args.target)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from sstf.dashboard.tables import Curve
 from sstf.dashboard.tail import Tail
 from sstf.errors import ConfigError
 
-STAGES = ("data", "extract", "train", "eval", "export")
+STAGES = ("data", "extract", "train", "on_policy", "eval", "export")
+TRAININGS = ("train/*/", "on_policy/*/round-*/")
 SILENT = 300.0  # seconds; or three times the longest pause so far
 FALLEN = 0.9  # of the best simulated accepted length
 ACCEPTED = "val/simulated_accepted_length"
@@ -73,7 +75,7 @@ class RunWatch:
 
     def poll(self) -> bool:
         """Read what is new; True when the log has more (a long one is read in several calls)."""
-        training = self._newest("train", "metrics.jsonl", "run.json")
+        training = self._newest(TRAININGS, "metrics.jsonl", "run.json")
         if training != self._training:
             self._training, self._tail, self.facts = training, None, {}
             self._forget()
@@ -81,7 +83,7 @@ class RunWatch:
         more = training is not None and self._read_log(training / "metrics.jsonl")
         if training:
             self._read_facts(training)
-        evaluation = self._newest("eval", "report.json")
+        evaluation = self._newest(("eval/*/",), "report.json")
         if evaluation and (report := self._changed(evaluation / "report.json")) is not None:
             self._read_report(report)
         state = self._state()
@@ -107,9 +109,9 @@ class RunWatch:
             "note": self.note,
         }
 
-    def _newest(self, stage: str, *files: str) -> Path | None:
-        """The stage's folder that was written to last."""
-        folders = [self._folder] if self._alone else (self._folder / stage).glob("*/")
+    def _newest(self, patterns: Sequence[str], *files: str) -> Path | None:
+        """The folder of a stage that was written to last."""
+        folders = [self._folder] if self._alone else [f for pattern in patterns for f in self._folder.glob(pattern)]
         found = [(time, f) for f in folders if (time := max(_modified(f / name) for name in files)) > 0]
         return max(found)[1] if found else None
 

@@ -4,6 +4,7 @@ from sstf.features.dataset import collate, epoch_batches, rows_ahead, split, to_
 from sstf.features.extract import WHOLE, ExtractConfig, Part, extract, own_target
 from sstf.features.online import OnlineFeatures
 from sstf.features.record import Features
+from sstf.features.replay import Anchor, Replay, rejected_map
 from sstf.features.selected import SelectedLayers
 from sstf.features.source import FeatureSource, prefetched
 from sstf.features.spec import FeatureSpec, HiddenSignal, TeacherSignal, TopKSignal
@@ -12,6 +13,7 @@ from sstf.features.verify import Fault, VerifyReport, verify
 
 __all__ = [
     "WHOLE",
+    "Anchor",
     "ExtractConfig",
     "Fault",
     "FeatureSource",
@@ -22,6 +24,7 @@ __all__ = [
     "OnlineFeatures",
     "Origin",
     "Part",
+    "Replay",
     "SelectedLayers",
     "TeacherSignal",
     "TopKSignal",
@@ -31,6 +34,7 @@ __all__ = [
     "extract",
     "own_target",
     "prefetched",
+    "rejected_map",
     "rows_ahead",
     "split",
     "to_device",

@@ -95,14 +95,17 @@ def to_device(batch: FeatureBatch, device: torch.device) -> FeatureBatch:
     return replace(batch, **moved(batch), teacher=teacher)
 
 
-def split(source: FeatureSource, validation: int, seed: int) -> tuple[list[int], list[int]]:
-    """Indices of training and of held-out conversations; the latter are the same for every run with this seed.
+def split(
+    source: FeatureSource, validation: int, seed: int, given: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """Indices of training and of held-out conversations; the latter are the same for every run with this seed, or those
+    `given`.
 
     Conversations of fewer than three tokens have no row and are left out.
     """
     usable = [i for i, length in enumerate(source.lengths) if length >= 3 and source.trained[i] > 0]
     order = torch.randperm(len(usable), generator=torch.Generator().manual_seed(seed)).tolist()
-    held_out = {usable[i] for i in order[: min(validation, len(usable) // 4)]}
+    held_out = {usable[i] for i in order[: min(validation, len(usable) // 4)]} if given is None else set(given)
     return [i for i in usable if i not in held_out], sorted(held_out)
 
 

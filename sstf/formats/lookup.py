@@ -26,8 +26,12 @@ def find_head(name: str) -> Path:
     for candidate in (folder, folder / "head"):
         if (candidate / "head.json").is_file():
             return candidate
-    heads = sorted(path.parent for path in folder.glob("train/*/head/head.json"))
-    finished = [head for head in heads if (head.parent / "done.json").is_file()]
+    heads: list[Path] = []
+    finished: list[Path] = []
+    for stage in ("on_policy", "train"):  # a head that was trained further comes before those that it began as
+        heads = sorted(path.parent for path in folder.glob(f"{stage}/*/head/head.json"))
+        if finished := [head for head in heads if (head.parent / "done.json").is_file()]:
+            break
     if len(finished) == 1:
         return finished[0]
     if finished:

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from sstf.losses.objectives import Objective
+from sstf.losses.objectives import FLOOR, Objective
 from sstf.losses.teachers import Teachers
 
 
@@ -17,7 +17,7 @@ from sstf.losses.teachers import Teachers
 class Distilled:
     """Per-token results. Only `loss_sum` carries a graph."""
 
-    loss_sum: Tensor  # scalar, sum of weights * losses
+    loss_sum: Tensor  # scalar, sum of weights * losses, and of the reverse KL where it was asked for
     losses: Float[Tensor, "row"]  # the objective of every row
     draft_token: Int[Tensor, "row"]  # argmax of the draft, in draft ids
     overlap: Float[Tensor, "row"]  # sum_v min(target_probs over the full vocabulary, draft_probs)
@@ -39,6 +39,7 @@ def distill(
     weights: Float[Tensor, "row"],
     objective: Objective,
     added: Added | None = None,
+    reverse: Float[Tensor, "row"] | None = None,
 ) -> Distilled:
     """Draft logits = hidden @ weight.T (+ `added`), against the teacher row that `rows` names; see `fused_distill`."""
     target = teachers(slice(0, int(rows.max()) + 1 if len(rows) else 0))
@@ -54,4 +55,8 @@ def distill(
         cross = -(target_probs * log_probs).sum(-1) / target.coverage[rows]
         divergence = cross - target.entropy[rows]
     losses = objective.losses(divergence, overlap)
-    return Distilled((losses * weights).sum(), losses.detach(), log_probs.argmax(-1), overlap.detach())
+    loss_sum = (losses * weights).sum()
+    if reverse is not None:
+        log_target = (target_probs / target.coverage[rows, None]).clamp_min(FLOOR).log()
+        loss_sum = loss_sum + ((log_probs.exp() * (log_probs - log_target)).sum(-1) * reverse).sum()
+    return Distilled(loss_sum, losses.detach(), log_probs.argmax(-1), overlap.detach())

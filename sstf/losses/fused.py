@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from sstf.losses.eager import Added, Distilled
-from sstf.losses.objectives import Objective
+from sstf.losses.objectives import FLOOR, Objective
 from sstf.losses.teachers import Teacher, Teachers, rows_in_cache
 from sstf.row_blocks import missing
 
@@ -38,6 +38,7 @@ def fused_distill(
     objective: Objective,
     chunk: int = CHUNK,
     added: Added | None = None,
+    reverse: Float[Tensor, "row"] | None = None,
 ) -> Distilled:
     """Sum of weighted objectives of the draft logits hidden @ weight.T, and what happened in each row.
 
@@ -56,6 +57,7 @@ def fused_distill(
         chunk: draft rows at once. Memory is about chunk * draft_vocab * (bytes of a logit + 12 * teacher rows / rows),
             besides the weight's gradient in float32.
         added: to the logits. Where `weight` needs no gradient, that of `added.weight` alone is computed.
+        reverse: [row] float32, weight of the reverse KL that is added to a row's objective; None adds nothing.
     """
     kind = hidden.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
@@ -66,10 +68,12 @@ def fused_distill(
     if lacking := min(missing(given, hidden.device), -given % chunk):
         hidden, weights = F.pad(hidden, (0, 0, 0, lacking)), F.pad(weights, (0, lacking))
         rows = torch.cat([rows, rows.max().expand(lacking)])
+        reverse = reverse if reverse is None else F.pad(reverse, (0, lacking))
     with torch.autocast(kind, enabled=False):
         loss_sum, losses, draft_token, overlap = _FusedDistill.apply(  # type: ignore[no-untyped-call]
-            hidden, weight, added and added.weight, teachers, rows, weights, objective, chunk, torch.is_grad_enabled()
-        )
+            hidden, weight, added and added.weight, teachers, rows, weights, reverse, objective, chunk,
+            torch.is_grad_enabled(),
+        )  # fmt: skip
     return Distilled(loss_sum, losses[:given], draft_token[:given], overlap[:given])
 
 
@@ -77,7 +81,7 @@ class _FusedDistill(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, more: Tensor | None, teachers: Teachers, rows: Tensor,
-        weights: Tensor, objective: Objective, chunk: int, graph: bool,
+        weights: Tensor, reverse: Tensor | None, objective: Objective, chunk: int, graph: bool,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
         # `graph`: a leaf needs its gradient under `no_grad` too, so validation would compute it for nothing.
         of_hidden, of_weight, of_more = (graph and needed for needed in ctx.needs_input_grad[:3])
@@ -95,10 +99,13 @@ class _FusedDistill(torch.autograd.Function):
         lasts = torch.cat([ordered[chunk - 1 :: chunk], ordered[-1:]]).tolist()
         for i, (first, last) in enumerate(zip(firsts, lasts, strict=False)):
             part = slice(i * chunk, (i + 1) * chunk)
-            work.add(order[part], ordered[part] - first, teachers(slice(first, last + 1)), weights)
+            work.add(order[part], ordered[part] - first, teachers(slice(first, last + 1)), weights, reverse)
         ctx.gradients, ctx.wanted = (work.grad_hidden, work.grad_weight), (of_weight, of_more)
         ctx.mark_non_differentiable(work.losses, work.draft_token, work.overlap)
-        return (work.losses * weights).sum(), work.losses, work.draft_token, work.overlap
+        loss_sum = (work.losses * weights).sum()
+        if reverse is not None:
+            loss_sum += (work.reversed * reverse).sum()
+        return loss_sum, work.losses, work.draft_token, work.overlap
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
@@ -112,7 +119,7 @@ class _FusedDistill(torch.autograd.Function):
             widths = [width for width, wanted in zip(ctx.widths, ctx.wanted, strict=True) if wanted]
             found = iter(of_weights.split(widths, 1))
             parts = [next(found) if wanted else None for wanted in ctx.wanted]
-        return (of_hidden, *parts, *(None,) * 6)
+        return (of_hidden, *parts, *(None,) * 7)
 
 
 @dataclass(frozen=True)
@@ -123,6 +130,16 @@ class _Rows:
     fit: Tensor  # [row, 1], sum_v target_probs * log draft_probs up to the normaliser; of the label for a hard target
     total: Tensor  # [row, 1], sum of the exponentials
     overlap: Tensor  # [row, 1]
+    reversed: Tensor  # [row, 1], the reverse KL; zeros where none was asked for
+
+
+@dataclass(frozen=True)
+class _Pull:
+    """What rows with a reverse KL have besides."""
+
+    coverage: Tensor  # [row, 1]
+    weights: Tensor  # [row, 1], of the objective
+    reverse: Tensor  # [row, 1], of the reverse KL
 
 
 class _Work:
@@ -139,14 +156,14 @@ class _Work:
         columns = trained.stop - trained.start
         self.grad_weight = low.new_zeros(vocab, columns, dtype=wide) if columns > 0 else None
         self.losses = hidden.new_empty(len(hidden), dtype=wide)
-        self.overlap = torch.empty_like(self.losses)
+        self.overlap, self.reversed = torch.empty_like(self.losses), torch.empty_like(self.losses)
         self.draft_token = torch.empty_like(self.losses, dtype=torch.int64)
         self.logits = hidden.new_empty(chunk, vocab)  # then their gradient
         size = rows_in_cache(self.logits)
         self.cached = hidden.new_empty(max(3 * size * vocab, hidden.shape[1]), dtype=wide)
         self.room = self.cached[: 3 * size * vocab].view(3, size, vocab)
 
-    def add(self, part: Tensor, rows: Tensor, target: Teacher, weights: Tensor) -> None:
+    def add(self, part: Tensor, rows: Tensor, target: Teacher, weights: Tensor, reverse: Tensor | None) -> None:
         """Draft rows `part`, against `rows` of `target`."""
         states = self.hidden.index_select(0, part)
         logits = torch.mm(states, self.low.t(), out=self.logits[: len(part)])
@@ -155,10 +172,18 @@ class _Work:
         scale = (coverage if self.objective.hard else 1) / coverage
         # Small operations are as slow as large ones on a block: whatever is not [row, draft_vocab] is done by chunk.
         size = self.room.shape[1]
-        given = zip(*(one.split(size) for one in (logits, rows, scale, label)), strict=True)
-        blocks = [self._block(target.probs, *views) for views in given]
-        draft_token, fit, total, overlap = (
-            torch.cat([getattr(block, name) for block in blocks]) for name in ("draft_token", "fit", "total", "overlap")
+        given = [one.split(size) for one in (logits, rows, scale, label)]
+        share = weights[part, None]
+        pulls: list[_Pull | None] = [None] * len(given[0])
+        if reverse is not None:
+            # Weighted here: the sum of two gradients with weights of their own.
+            columns = (coverage, share.to(coverage.dtype), reverse[part, None].to(coverage.dtype))
+            pulls = [_Pull(*views) for views in zip(*(one.split(size) for one in columns), strict=True)]
+            share = torch.ones_like(share)
+        blocks = [self._block(target.probs, *views) for views in zip(*given, pulls, strict=True)]
+        draft_token, fit, total, overlap, self.reversed[part, None] = (
+            torch.cat([getattr(block, name) for block in blocks])
+            for name in ("draft_token", "fit", "total", "overlap", "reversed")
         )
         divergence = total.log() - fit
         if not self.objective.hard:
@@ -166,14 +191,17 @@ class _Work:
         self.losses[part] = self.objective.losses(divergence, overlap)[:, 0]
         self.overlap[part], self.draft_token[part] = overlap[:, 0], draft_token[:, 0]
         # Weights scale [row, hidden], not [row, draft_vocab].
-        share = weights[part, None].to(states.dtype)
+        share = share.to(states.dtype)
         if self.grad_hidden is not None:
             self.grad_hidden.index_copy_(0, part, (logits @ self.low).mul_(share))
         if self.grad_weight is not None:
             self._add_to_weight(logits, states[:, self.trained].mul_(share), self.grad_weight)
 
-    def _block(self, target_probs: Tensor, logits: Tensor, rows: Tensor, scale: Tensor, label: Tensor) -> _Rows:
-        """Go through a few rows in cache; `logits` become the gradient of the unweighted losses."""
+    def _block(
+        self, target_probs: Tensor, logits: Tensor, rows: Tensor, scale: Tensor, label: Tensor, pull: _Pull | None
+    ) -> _Rows:
+        """Go through a few rows in cache; `logits` become the gradient of the unweighted losses, or with `pull` of the
+        weighted ones."""
         shifted, draft_probs, probs = self.room[:, : len(rows)]
         top, draft_token = shifted.copy_(logits).max(-1, keepdim=True)
         shifted.sub_(top)
@@ -184,20 +212,27 @@ class _Work:
             fit = torch.mul(probs, shifted, out=draft_probs).sum(-1, keepdim=True) * scale
         total = torch.exp(shifted, out=draft_probs).sum(-1, keepdim=True)
         draft_probs.div_(total)
+        reversed_kl, of_reverse = torch.zeros_like(total), None
+        if pull is not None:
+            of_reverse = (probs / pull.coverage).clamp_min_(FLOOR).log_().neg_().add_(shifted).sub_(total.log())
+            reversed_kl = (draft_probs * of_reverse).sum(-1, keepdim=True)
+            of_reverse.sub_(reversed_kl).mul_(draft_probs)
         overlap = torch.minimum(probs, draft_probs, out=shifted).sum(-1, keepdim=True)
         if self.grad_hidden is not None or self.grad_weight is not None:
             along = torch.ones_like(overlap)
             if (slopes := self.objective.slopes(overlap)) is not None:
                 along, across = slopes
-                pull = torch.sub(probs, draft_probs, out=shifted).sign_().mul_(draft_probs)
+                signs = torch.sub(probs, draft_probs, out=shifted).sign_().mul_(draft_probs)
                 half = across / 2
-                draft_probs.mul_(along - half * pull.sum(-1, keepdim=True)).addcmul_(pull, half)
+                draft_probs.mul_(along - half * signs.sum(-1, keepdim=True)).addcmul_(signs, half)
             if self.objective.hard:
                 draft_probs.scatter_add_(1, label, -along * scale)
             else:
                 draft_probs.addcmul_(probs, along * scale, value=-1)
+            if pull is not None and of_reverse is not None:
+                draft_probs.mul_(pull.weights).addcmul_(of_reverse, pull.reverse)
             logits.copy_(draft_probs)
-        return _Rows(draft_token, fit, total, overlap)
+        return _Rows(draft_token, fit, total, overlap, reversed_kl)
 
     def _add_to_weight(self, grad_logits: Tensor, states: Tensor, total: Tensor) -> None:
         """total += grad_logits.T @ states, some tokens at a time.

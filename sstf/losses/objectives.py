@@ -8,11 +8,19 @@ t is p renormalised over the draft vocabulary, y its argmax, and s = sign(p - q)
 |---|---|---|
 | KL divergence | sum_v t_v log(t_v / q_v) | q - t |
 | cross entropy | -log q_y | q - onehot(y) |
+| reverse KL divergence, R | sum_v q_v log(q_v / t_v) | q * (log(q / t) - R) |
 | overlap (alpha): the chance that a token is accepted | sum_v min(p_v, q_v) | q / 2 * (s - sum_v q_v s_v) |
 
 The last row: min(p, q) moves with q only where q < p, so d alpha / d z_j = q_j (1[q_j < p_j] - m) with m the draft's
 mass where q < p, and 1[q < p] = (1 + s) / 2. Where p = q, s = 0 takes the middle of the two one-sided slopes, as
 autograd does for a minimum. Every gradient sums to zero over the vocabulary, as that of a function of a softmax must.
+
+Of the reverse KL: d q_v / d z_j = q_v (1[v = j] - q_j), and the derivative of q log(q / t) by q is log(q / t) + 1,
+whose constant drops out as sum_v d q_v = 0. Where t is tiny or zero (a token that a teacher of the top k does not list,
+or whose exponential underflowed) log(q / t) has no bound, so t is taken as `FLOOR` at least. That is the divergence
+from a teacher whose tail is so high: at most -log FLOOR = 18.4 nats, and at least -log(1 + FLOOR * draft_vocab), about
+zero. It is no objective of its own but an addition to one, with a weight for each row: what `methods` do with drafts
+that were rejected (`FeatureBatch.rejected`).
 
 An objective is a function of one divergence (KL or cross entropy) and of alpha; `slopes` are its derivatives with
 respect to these two, and the chain rule does the rest. Arithmetic of full rows is not here: see `eager` and `fused`.
@@ -27,6 +35,8 @@ from pydantic import Field
 from torch import Tensor
 
 from sstf.config_loading import Section
+
+FLOOR = 1e-8  # least probability of the teacher in a reverse KL
 
 
 class _Loss(Section):

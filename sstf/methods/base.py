@@ -147,4 +147,5 @@ class TrainableMethod(DraftMethod, Protocol):
         """A new head, initialised under torch's current seed."""
 
     def loss(self, head: nn.Module, batch: FeatureBatch, frozen: FrozenHead) -> StepOutput:
-        """Summed loss and counts of one batch."""
+        """Summed loss and counts of one batch. Pairs that `batch.rejected` weighs are among those it learns from, and
+        add a reverse KL to the loss."""

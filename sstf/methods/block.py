@@ -206,7 +206,7 @@ class Blocks:
 
 def draw_blocks(batch: FeatureBatch, supervised: Tensor, drafts: int, anchors: int) -> Blocks:
     """Blocks whose first draft was written by the assistant, as at decoding: of each document `anchors`, drawn by its
-    own seed; all where there are fewer, or no seeds.
+    own seed; all where there are fewer, or no seeds. Blocks with a rejected draft come before the others.
 
     Args:
         batch: to train on.
@@ -216,11 +216,15 @@ def draw_blocks(batch: FeatureBatch, supervised: Tensor, drafts: int, anchors: i
     """
     rows: list[int] = []
     start = 0
+    first = batch.loss_mask.new_zeros(len(batch.loss_mask)) if batch.rejected is None else (batch.rejected > 0).any(0)
+    first = first.cpu()
     for i, part in enumerate(batch.loss_mask.cpu().split(batch.lengths)):
         places = part.nonzero()[:, 0]
         if batch.seeds and len(places) > anchors:
             generator = torch.Generator().manual_seed(batch.seeds[i] % (1 << 63))
-            places = places[torch.randperm(len(places), generator=generator)[:anchors].sort().values]
+            order = torch.randperm(len(places), generator=generator)
+            order = order[first[places[order] + start].int().argsort(descending=True, stable=True)]
+            places = places[order[:anchors].sort().values]
         rows += (places + start).tolist()
         start += len(part)
     device = batch.loss_mask.device
@@ -239,6 +243,8 @@ class Judged:
         self.hidden = head.fill(batch.features, batch.input_ids, batch.lengths, blocks.rows)
         self.tokens = batch.input_ids[blocks.ahead]  # [row, drafts], x_{t+1} .. of each block
         self._teachers = teachers_over(head.draft_tokens, batch.teacher, supervised[batch.loss_mask], frozen)
+        # Of the reverse KL, in the order of `of_valid`.
+        self._reverse = None if batch.rejected is None else batch.rejected[:, blocks.rows][blocks.valid]
         self._teacher_rows = (supervised.cumsum(0) - 1)[blocks.ahead.T[blocks.valid]]
 
     def of_valid(self, table: Tensor) -> Tensor:
@@ -259,7 +265,7 @@ class Judged:
             added = Added(low_rank, self.head.correction)
         return fused_distill(
             self.of_valid(self.hidden), self.head.lm_head, self._teachers, self._teacher_rows, weights, objective,
-            self.loss_rows, added,
+            self.loss_rows, added, self._reverse,
         )  # fmt: skip
 
     def weights(self, how: PositionWeights, low_rank: Tensor | None = None) -> Tensor:

@@ -138,6 +138,7 @@ class EagleMethod:
             config.token_weight * weights,
             config.objective,
             self.loss_rows,
+            reverse=taught.reverse,
         )
         missed = config.feature_weight * _missed(predicted, f, batch, taught)
         both = dataclasses.replace(

@@ -175,6 +175,7 @@ class Eagle3Method:
             weights.repeat_interleave(valid.sum(-1)),
             self.config.objective,
             self.loss_rows,
+            reverse=taught.reverse,
         )
         return outcome(batch, taught, result, head.draft_tokens)
 

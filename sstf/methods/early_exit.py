@@ -141,6 +141,7 @@ class EarlyExitMethod:
             torch.ones(len(rows), device=rows.device),
             self.config.objective,
             self.loss_rows,
+            reverse=None if batch.rejected is None else _by_row(batch.rejected, ahead, there)[rows],
         )
         losses, overlap = (_spread(part, taught) for part in (result.losses, result.overlap))
         hits = _spread(head.draft_tokens[result.draft_token] == batch.teacher_token[rows], taught)
@@ -160,6 +161,13 @@ class EarlyExitMethod:
         """A drafter with the fused form of the adapter."""
         assert isinstance(head, EarlyExitHead)
         return EarlyExitDrafter(head, self.config.threshold)
+
+
+def _by_row(rejected: Tensor, ahead: Tensor, there: Tensor) -> Tensor:
+    """[seq], of the row that drafts a pair (position, row): what all its pairs weigh together."""
+    depth = len(rejected)
+    table = torch.zeros_like(rejected[0])
+    return table.index_add_(0, ahead[:depth][there[:depth]], rejected[there[:depth]])
 
 
 def _spread(values: Tensor, rows: Tensor) -> Tensor:

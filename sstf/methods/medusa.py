@@ -115,6 +115,7 @@ class MedusaMethod:
         x = head.normed(batch.features[rows])
         outs = torch.stack([block(x) for block in head.blocks])  # [heads, row, hidden]
         teachers = teachers_over(head.draft_tokens, batch.teacher, taught.supervised[batch.loss_mask], frozen)
+        reverse = taught.reverse
         weights = (self.config.decay ** torch.arange(heads, device=valid.device)).repeat_interleave(valid.sum(-1))
 
         def distilled(some: slice) -> Distilled:
@@ -128,6 +129,7 @@ class MedusaMethod:
                 weights[before : before + here],
                 self.config.objective,
                 self.loss_rows,
+                reverse=None if reverse is None else reverse[before : before + here],
             )
 
         if head.shape.own_lm_heads:

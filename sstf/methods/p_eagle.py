@@ -142,6 +142,8 @@ class PEagleMethod:
         batch = in_blocks(batch)
         taught = supervise(batch, config.depth, head.t2d)
         kept = sampled(taught.valid, batch.lengths, seeds, self.shares)
+        if batch.rejected is not None:  # besides what was drawn
+            kept |= batch.rejected > 0
         taught = dataclasses.replace(taught, valid=taught.valid & kept)
         valid = taught.valid
         # A depth is run where it is learned from, or where a deeper one is that sees it.
@@ -158,6 +160,7 @@ class PEagleMethod:
             weights.repeat_interleave(valid.sum(-1)),
             config.objective,
             self.loss_rows,
+            reverse=taught.reverse,
         )
         return outcome(batch, taught, result, head.draft_tokens, kept.all(0))
 

@@ -8,8 +8,9 @@ import dataclasses
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from sstf.features.dataset import rows_ahead
 from sstf.losses import Distilled, Teacher, Teachers, teacher, top_k_teacher
@@ -26,6 +27,12 @@ class Supervision:
     there: Bool[Tensor, "position seq"]  # whether it exists in the document
     supervised: Bool[Tensor, "seq"]  # written by the assistant, and its teacher's token is in the draft vocabulary
     valid: Bool[Tensor, "position seq"]
+    rejected: Float[Tensor, "position seq"] | None = None  # see `FeatureBatch`
+
+    @property
+    def reverse(self) -> Float[Tensor, "row"] | None:
+        """Weight of the reverse KL of each valid pair; None where nothing is replayed."""
+        return None if self.rejected is None else self.rejected[self.valid]
 
     @property
     def teacher_rows(self) -> Int[Tensor, "row"]:
@@ -37,7 +44,7 @@ def supervise(batch: FeatureBatch, positions: int, t2d: Bool[Tensor, "vocab"]) -
     """All pairs that the batch can teach."""
     ahead, there = rows_ahead(batch.lengths, positions, batch.loss_mask.device)
     supervised = batch.loss_mask & t2d[batch.teacher_token.clamp_min(0)]
-    return Supervision(ahead, there, supervised, there & supervised[ahead])
+    return Supervision(ahead, there, supervised, there & supervised[ahead], batch.rejected)
 
 
 def outcome(
@@ -82,6 +89,7 @@ def in_blocks(batch: FeatureBatch) -> FeatureBatch:
         teacher_token=filled(batch.teacher_token),
         labels=filled(batch.labels),
         loss_mask=filled(batch.loss_mask),
+        rejected=None if batch.rejected is None else F.pad(batch.rejected, (0, lacking)),
         lengths=(*batch.lengths, lacking),
     )
 

@@ -342,6 +342,13 @@ def _training(facts: CardFacts) -> list[str]:
     lines.append(f"| method's settings | {_settings(method)} |")
     chosen = {key: settings[key] for key in SETTINGS if settings.get(key) is not None}
     lines.append(f"| training's settings | {_settings(chosen) if chosen else UNKNOWN} |")
+    if rounds := trained.get("rounds"):
+        further = _settings(config.get("on_policy") or {})
+        before, after = trained["accepted_length_before"], trained["accepted_length"]
+        won = "" if after is None else f"; accepted length on held-out text {before:.3f} -> {after:.3f}"
+        lines.append(
+            f"| then on its own rollouts (the rows below are of the last of {len(rounds)} rounds) | {further}{won} |"
+        )
     lines.append(
         f"| steps | {_count(trained.get('steps'))}, {_count(trained.get('trained_tokens'))} tokens; the head is that "
         f"of step {_count(trained.get('best_step'))}, chosen by {trained.get('chosen_by') or UNKNOWN} |"

@@ -94,7 +94,9 @@ class Feed:
         # One a conversation, so that what is drawn does not depend on which of them meet in a batch.
         at = -1 if step is None else step
         seeds = tuple((self.seed * 1_000_003 + at) * 1_000_003 + i for i in conversations)
-        batch = replace(batch, seeds=seeds, progress=1.0 if step is None else step / len(self.plan))
+        # What replays rejected drafts goes on with the loss that the training before it ended with.
+        replayed = batch.rejected is not None
+        batch = replace(batch, seeds=seeds, progress=1.0 if step is None or replayed else step / len(self.plan))
         if self.noise and step is not None:
             batch = noisy(batch, self.noise)
         return to_device(batch, self.launch.device)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import shutil
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -66,6 +66,7 @@ class Trainer:
         seed: of everything that is drawn.
         real_decode: needed, in the main process, where `config.real_decode` is given.
         launch: this process among those that train together; found out from the launcher if not given.
+        held_out: the conversations by which the head is chosen; drawn from the source if not given.
     """
 
     def __init__(
@@ -78,6 +79,7 @@ class Trainer:
         seed: int,
         real_decode: RealDecode | None = None,
         launch: Launch | None = None,
+        held_out: Sequence[int] | None = None,
     ) -> None:
         self.source, self.method, self.method_config, self.config = source, method, method_config, config
         self.folder, self.seed, self.real_decode = folder, seed, real_decode
@@ -94,7 +96,7 @@ class Trainer:
             raise DamagedDataError(
                 f"{source.name} holds layers {list(source.layers)}, the method reads {list(spec.layers)}; extract again"
             )
-        self.training, self.held_out = split(source, config.validation_conversations, seed)
+        self.training, self.held_out = split(source, config.validation_conversations, seed, held_out)
         if not self.training:
             raise DataError("no conversation to train on: none has three tokens of which one is trained")
         self._build()

@@ -147,6 +147,19 @@ def test_the_newest_training_is_shown(tmp_path: Path) -> None:
     assert watch(old).step == 7, "named by itself"
 
 
+def test_rounds_on_rollouts_are_trainings(tmp_path: Path) -> None:
+    folder = training(tmp_path)
+    (folder / "metrics.jsonl").write_text('{"step": 7, "lr": 1}\n')
+    run = watch(tmp_path)
+    assert run.step == 7
+    later = tmp_path / "on_policy" / "key" / "round-1"
+    later.mkdir(parents=True)
+    (later / "metrics.jsonl").write_text('{"step": 3, "lr": 1}\n')
+    os.utime(later / "metrics.jsonl", (2_000_000_000, 2_000_000_000))
+    run.poll()
+    assert run.step == 3
+
+
 def test_a_training_that_loses_acceptance_raises_an_alarm(tmp_path: Path) -> None:
     folder, alarms = training(tmp_path), Alarms()
     log = JsonlTracker(folder / "metrics.jsonl", 0)

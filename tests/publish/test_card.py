@@ -151,6 +151,16 @@ def test_the_run_is_told(head: Path, stored: StoredHead) -> None:
     assert "/tmp" not in text
 
 
+def test_a_second_phase_is_told(head: Path, stored: StoredHead) -> None:
+    record = read_record(head)
+    assert record.training is not None and "own rollouts" not in card(stored, record)
+    starts = [{**record.starts[-1], "config": {**record.config, "on_policy": {"rounds": 2, "steps": 50}}}]
+    figures = {"rounds": [{}, {}], "accepted_length_before": 1.5, "accepted_length": 1.75}
+    text = card(stored, replace(record, starts=starts, training=record.training | figures))
+    assert '(the rows below are of the last of 2 rounds) | `{"rounds": 2, "steps": 50}`; accepted length' in text
+    assert "on held-out text 1.500 -> 1.750 |" in text
+
+
 def test_verdicts_and_force(stored: StoredHead) -> None:
     failed = [Verdict("doctor: a|b", False, "0.2\nof 1")]
     text = card(stored, EMPTY, verdicts=failed, forced=True)
