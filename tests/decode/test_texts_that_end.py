@@ -24,12 +24,20 @@ PROMPTS = make_prompts(8)
 TREE = DynamicTree(depth=4, top_k=4, total_tokens=10)
 
 
+@pytest.fixture(scope="module")
+def plain_answers(tiny_target: Target) -> list[list[int]]:
+    """`NEW` tokens each, end tokens or not; decoded plainly, which other tests compare with transformers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Target, "end_tokens", frozenset())
+        decoder = SpeculativeDecoder(tiny_target)
+        return [decoder.generate(prompt, NEW).token_ids for prompt in PROMPTS]
+
+
 @pytest.fixture
-def answers(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
-    """Without end tokens, `NEW` tokens each; decoded plainly, which other tests compare with transformers."""
+def answers(plain_answers: list[list[int]], monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """`plain_answers`, where nothing ends a text earlier."""
     monkeypatch.setattr(Target, "end_tokens", frozenset())
-    decoder = SpeculativeDecoder(tiny_target)
-    return [decoder.generate(prompt, NEW).token_ids for prompt in PROMPTS]
+    return plain_answers
 
 
 def knowing(answers: list[list[int]]) -> Any:
