@@ -22,7 +22,7 @@ from sstf.data.progress import NoProgress
 from sstf.features import FeatureStore
 from sstf.pipeline import Run, load_run
 
-STEPS = 400
+STEPS = 200
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_killed_at_random_moments(ready: Path, tmp_path: Path) -> None:
     run, moments = load_run(ready, [], NoProgress()), random.Random(3)
     for kill in range(6):
         process, before = sstf_train(ready), step_of(run)
-        wait_for(run, min(before + moments.randrange(5, 60), STEPS - 20), process)
+        wait_for(run, min(before + moments.randrange(5, 30), STEPS - 20), process)
         time.sleep(moments.random() * 0.05)
         process.send_signal(signal.SIGKILL if kill % 2 else signal.SIGTERM)
         assert finish(process, 60).returncode == (-signal.SIGKILL if kill % 2 else 0)
