@@ -28,7 +28,7 @@ BATCHES = 4  # one in use, two loaded ahead, one being put together
 # byte of a product's numbers.
 TOKEN, TOKEN_PRODUCT = 1.75, 0.17
 TAPS = 3  # copies of what `fc` reads
-WORK_SPACE = 75 * 2**20  # of kernels and libraries, and what the C library keeps of what was freed
+WORK_SPACE = 55 * 2**20  # of kernels and libraries (another on every processor), and what the C library keeps of freed
 
 # What torch, the system and Python's threads say on CPUs, where torch has no class of its own for it.
 _SAYINGS = (
