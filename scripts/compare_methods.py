@@ -222,7 +222,11 @@ def table(lines: Lines, budget: str) -> str:
         made = lines.find(bench="training", method=method, budget=budget)
         cells = [method, *(["–"] * 3)]
         if made:
-            cells[1:] = [f"{made['parameters'] / 1e6:.1f} M", str(made["steps"]), f"{made['tokens_per_cpu_second']:,.0f}"]
+            cells[1:] = [
+                f"{made['parameters'] / 1e6:.1f} M",
+                str(made["steps"]),
+                f"{made['tokens_per_cpu_second']:,.0f}",
+            ]
         chain = own.get((0.0, "chain 4"))
         cells.append(f"{chain['draft_ms']:.1f}" if chain and method != "plain" else "–")
         cells += [_cell(own.get(column)) for column in columns]

@@ -49,9 +49,9 @@ def write_p_eagle(order: Order) -> list[str]:
     }
     fields = eagle_fields(stored, shape, order.engine) | {"pard_token": mask_token, DEPTH: stored.config.depth}
     write_published(order.folder, fields, tensors)
-    told = stored.config.model_copy(update={"mask_token": mask_token})
+    told = stored.config.model_copy(update={"mask_token_id": mask_token})
     check_read_back(
-        replace(order, stored=replace(stored, config=told)), read_p_eagle, ("num_layers", "mask_token", "depth")
+        replace(order, stored=replace(stored, config=told)), read_p_eagle, ("num_layers", "mask_token_id", "depth")
     )
     return sentences
 
@@ -85,7 +85,7 @@ def read_p_eagle(head: Published, target: TargetSpec) -> StoredHead:
         "layers": layers,
         "num_layers": head.fields.get("num_hidden_layers", 1),
         "draft_vocab_size": None if size == target.vocab_size else size,
-        "mask_token": mask_token,
+        "mask_token_id": mask_token,
     }
     if DEPTH in config:
         settings["depth"] = config[DEPTH]
