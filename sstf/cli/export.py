@@ -13,7 +13,7 @@ from rich.text import Text
 from sstf.cli.guard import quiet_libraries
 from sstf.errors import ConfigError, TargetError
 
-ENGINES = ("vllm", "sglang", "speculators")
+ENGINES = ("vllm", "sglang", "speculators", "transformers")
 WRITTEN = {"config.json", "model.safetensors"}
 
 

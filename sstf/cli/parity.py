@@ -44,16 +44,13 @@ def _positive(text: str) -> int:
 def run(args: argparse.Namespace, err: Console) -> int:
     """Climb, and say what was found; 1 where a rung does not hold."""
     quiet_libraries()
-    from typing import get_args
-
-    from sstf.formats import Engine, find_head, target_of
+    from sstf.formats import find_head, target_of
     from sstf.parity.ladder import ParitySettings, climb, training_precision
     from sstf.progress_display import display
 
     folder = find_head(args.head)
     target = target_of(folder, args.target)
     settings = ParitySettings(
-        engines=get_args(Engine),
         prompts=args.prompts,
         max_new_tokens=args.max_new_tokens,
         depth=args.depth,

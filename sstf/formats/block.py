@@ -1,8 +1,9 @@
-"""DFlash heads in the form of DFlash's repository, which vLLM (`qwen3_dflash.py`) and SGLang (`dflash.py`) load.
+"""DFlash heads in the form of DFlash's repository, which vLLM (`qwen3_dflash.py`) and SGLang (`dflash.py`) load, and in
+those of speculators and transformers (`block_forms.py`).
 
     fc.weight [hidden, n * hidden], hidden_norm.weight, norm.weight
     layers.<i>.{input_layernorm, post_attention_layernorm, self_attn.{q,k,v,o}_proj, self_attn.{q,k}_norm, mlp.*}
-    d2t, lm_head.weight      only with a smaller draft vocabulary, which vLLM alone reads
+    d2t, lm_head.weight      only with a smaller draft vocabulary, which vLLM and speculators read
 
 `target_layer_ids` are 0-based layer outputs, as ours. Engines mask with the embedding of `mask_token_id`, and take the
 length of a block from how many tokens they are to draft.
@@ -18,10 +19,20 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from sstf.errors import ExportError, HeadError
+from sstf.formats.block_forms import (
+    ASSISTANT,
+    NAMES,
+    asked_of,
+    assistant_fields,
+    of_transformers,
+    own_fields,
+    speculators_block,
+)
 from sstf.formats.compatibility import needs
-from sstf.formats.decoder_layer import check_layers, check_sizes, layer_fields, layer_settings, written_scaling
+from sstf.formats.decoder_layer import check_layers, check_sizes, layer_settings
 from sstf.formats.family import Family, Order, check_read_back
 from sstf.formats.files import Published, check_exportable, check_shapes, check_values, write_published
+from sstf.formats.speculators import verifier_of
 from sstf.formats.vocabulary_map import MAPS, in_order
 from sstf.heads import BlockHead, BlockShape
 from sstf.methods import DFlashConfig
@@ -42,7 +53,13 @@ def write_dflash(order: Order) -> list[str]:
     shape = block_shape(stored.config, stored.target, first_slot=1)
     check_exportable(stored.tensors, dflash_shapes(shape, len(stored.tensors["d2t"])), "a DFlash head")
     asked = {"mask_token_id": int(stored.tensors["mask_token"]), "target_layer_ids": list(stored.layers)}
-    fields = {"architectures": ["DFlashDraftModel"], "dflash_config": asked}
+    match order.engine:
+        case "transformers":
+            fields = assistant_fields(order, shape)
+        case "speculators":
+            fields = speculators_block(order, shape, "dflash", "DFlashSpeculator")
+        case _:
+            fields = own_fields(order, shape) | {"architectures": ["DFlashDraftModel"], "dflash_config": asked}
     return write_block(order, shape, fields, "dflash", read_dflash)
 
 
@@ -52,8 +69,8 @@ def write_block(order: Order, shape: BlockShape, fields: Mapping[str, Any], meth
     Args:
         order: what is to be written.
         shape: of the head.
-        fields: of the configuration, beside those that block heads share.
-        method: in the words of the table of facts, which also names the form.
+        fields: of the configuration.
+        method: in the words of the table of facts.
         read: of its family.
 
     Returns:
@@ -63,23 +80,18 @@ def write_block(order: Order, shape: BlockShape, fields: Mapping[str, Any], meth
         ExportError: as `families.export_head`.
     """
     stored, full = order.stored, len(order.stored.tensors["d2t"]) == shape.vocab_size
-    sentences = needs(order.engine, [method] + ["smaller_vocabulary"] * (not full), "dflash")
+    form = order.engine if order.engine in ("speculators", "transformers") else "dflash"
+    sentences = needs(order.engine, [method] + ["smaller_vocabulary"] * (not full), form)
+    if form == "speculators" and verifier_of(stored.target, order.verifier) is None:
+        sentences.append(
+            "without the target's name: engines serve it, the speculators library would not find its embeddings"
+        )
     tensors = {name: tensor.to(torch.bfloat16) for name, tensor in stored.tensors.items() if name not in TOKENS}
     if not full:
         tensors |= _of_vocabulary(order)
-    shared: dict[str, Any] = {
-        **layer_fields(shape, shape.num_layers),
-        "model_type": "qwen3",
-        "torch_dtype": "bfloat16",
-        "rope_theta": shape.rope_theta,
-        "rope_scaling": written_scaling(shape),
-        "layer_types": ["full_attention"] * shape.num_layers,
-        "use_sliding_window": False,
-        "num_target_layers": stored.target.num_layers,
-        "draft_vocab_size": len(stored.tensors["d2t"]),
-        "block_size": shape.block_size,
-    }
-    write_published(order.folder, {**shared, **fields}, tensors)
+    if form == "transformers":
+        tensors = {NAMES.get(name, name): tensor for name, tensor in tensors.items()}
+    write_published(order.folder, fields, tensors)
     check_read_back(order, read, SETTINGS, TOKENS)
     return sentences
 
@@ -98,7 +110,9 @@ def _of_vocabulary(order: Order) -> dict[str, Tensor]:
 
 def is_dflash(head: Published) -> bool:
     """By its class, or by tensors that no other head has together."""
-    return head.is_built_as("DFlashDraftModel") or (
+    if head.speculators_type is not None:
+        return head.speculators_type == "dflash"
+    return head.is_built_as("DFlashDraftModel", ASSISTANT) or (
         {"hidden_norm.weight", "fc.weight", "layers.0.self_attn.q_norm.weight"} <= head.tensors.keys()
         and not any(name.startswith("markov_head.") for name in head.tensors)
     )
@@ -110,7 +124,10 @@ def read_dflash(head: Published, target: TargetSpec) -> StoredHead:
     Raises:
         HeadError: it cannot be used here, or is for a target of another shape.
     """
-    asked = head.config.get("dflash_config") or {}
+    head = of_transformers(head, target.vocab_size)
+    asked = asked_of(head, head.config.get("dflash_config") or {})
+    if head.config.get("sample_from_anchor"):
+        raise HeadError("its config.json asks for sample_from_anchor=True, which DFlash heads here do not have")
     if unknown := asked.keys() - {"mask_token_id", "target_layer_ids"}:
         name = min(unknown)
         raise HeadError(f"its dflash_config asks for {name}={asked[name]!r}, which heads here do not have")
@@ -185,7 +202,10 @@ def read_block(
     tensors = in_order(tensors, size, target.vocab_size, by_draft_token)
     rows = tensors.pop("lm_head.weight", None)
     tensors["mask_token"] = torch.tensor(config.mask_token_id)
-    run = {"form": "dflash", "layers_from": "0-based outputs, as DFlash counts"}
+    if head.speculators_type is None:
+        run = {"form": "dflash", "layers_from": "0-based outputs, as DFlash counts"}
+    else:
+        run = {"form": "speculators", "layers_from": "counted as speculators does"}
     return StoredHead(config, tensors, config.layers, target, run, embeddings, rows)
 
 
@@ -199,11 +219,11 @@ def dflash_shapes(shape: BlockShape, draft_vocab_size: int) -> dict[str, tuple[i
 
 DFLASH = Family(
     named="DFlash",
-    engines=("vllm", "sglang"),
+    engines=("vllm", "sglang", "speculators", "transformers"),
     write=write_dflash,
     claims=is_dflash,
     read=read_dflash,
     vllm={"method": "dflash"},
     sglang="DFLASH",
-    with_target=("vllm",),
+    with_target=("vllm", "speculators"),
 )

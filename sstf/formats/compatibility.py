@@ -14,9 +14,20 @@ from sstf.formats.layer_ids import Engine, usual_layers
 from sstf.methods import Eagle3Config
 from sstf.targets import TargetSpec
 
-NAMES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators"}
-FORMS: dict[Engine, str] = {"vllm": "eagle", "sglang": "eagle", "speculators": "speculators"}
-WHOSE = {"eagle": "EAGLE's", "speculators": "speculators'", "medusa": "Medusa's", "dflash": "DFlash's"}
+NAMES = {"vllm": "vLLM", "sglang": "SGLang", "speculators": "speculators", "transformers": "transformers"}
+FORMS: dict[Engine, str] = {
+    "vllm": "eagle",
+    "sglang": "eagle",
+    "speculators": "speculators",
+    "transformers": "transformers",
+}
+WHOSE = {
+    "eagle": "EAGLE's",
+    "speculators": "speculators'",
+    "medusa": "Medusa's",
+    "dflash": "DFlash's",
+    "transformers": "transformers'",
+}
 FLAGS = ("norm_before_residual", "norm_before_fc", "fc_norm", "norm_output")
 
 

@@ -48,6 +48,11 @@ def written_scaling(shape: EagleShape | BlockShape) -> dict[str, Any] | None:
     return dict(scaling) if scaling and scaling["rope_type"] not in ("default", "dynamic") else None
 
 
+def written_rope(shape: EagleShape | BlockShape) -> dict[str, Any]:
+    """`rope_parameters`, as transformers 5 has them."""
+    return (written_scaling(shape) or {"rope_type": "default"}) | {"rope_theta": shape.rope_theta}
+
+
 def check_sizes(head: Published, target: TargetSpec) -> None:
     """Raises HeadError for a head of another hidden size or vocabulary than the target's."""
     hidden, vocabulary = head.number("hidden_size"), head.number("vocab_size")

@@ -1,4 +1,4 @@
-"""DSpark heads in the form that vLLM loads (`qwen3_dspark.py`): DFlash's tensors (`block.py`), and
+"""DSpark heads in the form that vLLM loads (`qwen3_dspark.py`) and in speculators': DFlash's tensors (`block.py`), and
 
     markov_head.markov_w1.weight [vocab, rank], markov_head.markov_w2.weight [draft_vocab, rank]
     confidence_head.proj.{weight [1, hidden + rank], bias [1]}
@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from sstf.errors import HeadError
 from sstf.formats.block import block_settings, read_block, write_block
+from sstf.formats.block_forms import asked_of, own_fields, speculators_block
 from sstf.formats.family import Family, Order
 from sstf.formats.files import Published, check_exportable
 from sstf.heads import BlockShape, DSparkHead
@@ -37,18 +38,18 @@ def write_dspark(order: Order) -> list[str]:
     shape = block_shape(stored.config, stored.target, first_slot=0)
     expected = dspark_shapes(shape, len(stored.tensors["d2t"]), stored.config.rank)
     check_exportable(stored.tensors, expected, "a DSpark head")
-    fields = {
-        "architectures": [CLASS],
-        "mask_token_id": int(stored.tensors["mask_token"]),
-        "target_layer_ids": list(stored.layers),
-        "markov_rank": stored.config.rank,
-        **FIXED,
-    }
-    return write_block(order, shape, fields, "dspark", read_dspark)
+    if order.engine == "speculators":
+        fields = speculators_block(order, shape, "dspark", "DSparkSpeculator")
+    else:
+        asked = {"mask_token_id": int(stored.tensors["mask_token"]), "target_layer_ids": list(stored.layers)}
+        fields = own_fields(order, shape) | {"architectures": [CLASS]} | asked
+    return write_block(order, shape, fields | {"markov_rank": stored.config.rank} | FIXED, "dspark", read_dspark)
 
 
 def is_dspark(head: Published) -> bool:
-    """By its class or its Markov head."""
+    """By its class or its Markov head; in speculators' form by its kind."""
+    if head.speculators_type is not None:
+        return head.speculators_type == "dspark"
     return head.is_built_as(CLASS) or "markov_head.markov_w1.weight" in head.tensors
 
 
@@ -61,7 +62,7 @@ def read_dspark(head: Published, target: TargetSpec) -> StoredHead:
     for name, value in FIXED.items():
         if head.config.get(name, value) != value:
             raise HeadError(f"its config.json asks for {name}={head.config[name]!r}, which heads here do not have")
-    settings = block_settings(head, head.config, target) | {"rank": head.number("markov_rank")}
+    settings = block_settings(head, asked_of(head, head.config), target) | {"rank": head.number("markov_rank")}
     try:
         config = DSparkConfig.model_validate(settings)
     except ValidationError as error:
@@ -81,10 +82,10 @@ def dspark_shapes(shape: BlockShape, draft_vocab_size: int, rank: int) -> dict[s
 
 FAMILY = Family(
     named="DSpark",
-    engines=("vllm",),
+    engines=("vllm", "speculators"),
     write=write_dspark,
     claims=is_dspark,
     read=read_dspark,
     vllm={"method": "dspark"},
-    with_target=("vllm",),
+    with_target=("vllm", "speculators"),
 )

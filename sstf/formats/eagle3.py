@@ -21,11 +21,13 @@ from sstf.formats.eagle3_reading import FLAGS, is_eagle3, read_eagle3, tensor_sh
 from sstf.formats.family import Family, Order
 from sstf.formats.files import check_exportable, open_published, write_published
 from sstf.formats.layer_ids import IDS, WRITTEN_FOR, Engine, layer_ids
+from sstf.formats.speculators import speculators_fields
 from sstf.formats.vocabulary_map import MAPS
 from sstf.heads import EagleShape
 from sstf.heads.rope import rope_frequencies
 from sstf.methods.checkpoint import StoredHead
 from sstf.methods.eagle3 import Eagle3Method
+from sstf.targets import FrozenHead
 
 
 def write_eagle3(order: Order) -> list[str]:
@@ -39,14 +41,10 @@ def write_eagle3(order: Order) -> list[str]:
     check_exportable(stored.tensors, tensor_shapes(shape), "an EAGLE-3 head")
     sentences = needs(engine, features_of(stored.config, stored.target, full_vocabulary=is_full(shape)))
     tensors = {name: tensor if name in MAPS else tensor.to(torch.bfloat16) for name, tensor in stored.tensors.items()}
-    written = {_name(name, engine): tensor for name, tensor in tensors.items() if not (is_full(shape) and name in MAPS)}
-    if engine == "speculators" and frozen is not None:
-        written["embed_tokens.weight"] = frozen.embeddings.detach().cpu().to(torch.bfloat16)
-    elif engine == "speculators":
-        sentences = [
-            *sentences,
-            "without the target's embeddings: engines serve it, the speculators library would read zeros for them",
-        ]
+    written = {name: tensor for name, tensor in tensors.items() if not (is_full(shape) and name in MAPS)}
+    if engine == "speculators":
+        written, more = as_speculators(written, frozen)
+        sentences = sentences + more
     write = _speculators if engine == "speculators" else eagle_fields
     write_published(order.folder, write(stored, shape, engine, order.verifier), written)
     _check_written(order.folder, stored, shape, tensors)
@@ -63,8 +61,14 @@ def is_full(shape: EagleShape) -> bool:
     return shape.draft_vocab_size == shape.vocab_size
 
 
-def _name(name: str, engine: Engine) -> str:
-    return name.replace("midlayer.", "layers.0.") if engine == "speculators" else name
+def as_speculators(tensors: dict[str, Tensor], frozen: FrozenHead | None) -> tuple[dict[str, Tensor], list[str]]:
+    """By the library's names and with the target's embeddings, and what users have to know where those are missing."""
+    named = {name.replace("midlayer.", "layers.0."): tensor for name, tensor in tensors.items()}
+    if frozen is None:
+        return named, [
+            "without the target's embeddings: engines serve it, the speculators library would read zeros for them"
+        ]
+    return named | {"embed_tokens.weight": frozen.embeddings.detach().cpu().to(torch.bfloat16)}, []
 
 
 # ---- checks ----------------------------------------------------------------------------------------------------------
@@ -124,37 +128,16 @@ def eagle_fields(stored: StoredHead, shape: EagleShape, engine: Engine, verifier
 
 
 def _speculators(stored: StoredHead, shape: EagleShape, engine: Engine, verifier: str | None) -> dict[str, Any]:
-    """The form of the speculators library 0.9, which vLLM serves too."""
-    target = stored.target
-    rope = (written_scaling(shape) or {"rope_type": "default"}) | {"rope_theta": shape.rope_theta}
+    kind = speculators_fields("eagle3", "Eagle3Speculator", stored.target, shape, 3, verifier)
+    return kind | eagle_speculators(stored, shape) | _flags(stored.config)
+
+
+def eagle_speculators(stored: StoredHead, shape: EagleShape) -> dict[str, Any]:
+    """What speculators' form of an EAGLE-3 head and of a P-EAGLE head say alike."""
     return {
-        "architectures": ["Eagle3Speculator"],
-        "speculators_model_type": "eagle3",
-        "speculators_version": "0.9.0",
-        "speculators_config": {
-            "algorithm": "eagle3",
-            "proposal_methods": [
-                {
-                    "proposal_type": "greedy",
-                    "speculative_tokens": 3,
-                    "verifier_accept_k": 1,
-                    "accept_tolerance": 0.0,
-                }
-            ],
-            "default_proposal_method": "greedy",
-            "verifier": {
-                "name_or_path": verifier or (target.name if "/" in target.name else None),
-                "architectures": [target.architecture],
-            },
-        },
-        "transformer_layer_config": layer_fields(shape, shape.num_layers) | {"rope_parameters": rope},
         "draft_vocab_size": shape.draft_vocab_size,
-        "target_hidden_size": shape.hidden_size,
-        IDS: layer_ids(stored.layers, engine),
-        **_flags(stored.config),
+        IDS: layer_ids(stored.layers, "speculators"),
         "embed_requires_grad": False,
-        "tie_word_embeddings": False,
-        "dtype": "bfloat16",
     }
 
 

@@ -4,6 +4,7 @@
 |---|---|---|---|
 | ours | the output of 0-based layer k | i | never |
 | SGLang, SpecForge | the output of 0-based layer k | i | outputs 1, L//2 - 1, L - 4 |
+| transformers (DFlash) | the output of 0-based layer k | i | |
 | vLLM, speculators | the residual stream after k layers | i + 1 | the same outputs, as 2, L//2, L - 3 |
 | EAGLE | it has no ids | | the same outputs |
 
@@ -18,9 +19,14 @@ from typing import Any, Literal
 
 from sstf.errors import HeadError
 
-Engine = Literal["vllm", "sglang", "speculators"]
+Engine = Literal["vllm", "sglang", "speculators", "transformers"]
 Count = Literal["outputs", "streams"]  # the output of layer k, or the residual stream after k layers
-COUNTS: dict[Engine, Count] = {"vllm": "streams", "sglang": "outputs", "speculators": "streams"}
+COUNTS: dict[Engine, Count] = {
+    "vllm": "streams",
+    "sglang": "outputs",
+    "speculators": "streams",
+    "transformers": "outputs",
+}
 WRITTEN_FOR = "sstf_export"  # key of a configuration: the engine that an export of ours was written for
 IDS = "eagle_aux_hidden_state_layer_ids"
 

@@ -4,7 +4,8 @@
     pard_token (ptd_token_id)     in the configuration: the token whose embedding they read
 
 vLLM drafts so with `"parallel_drafting": true` in its speculative configuration; without, it skips `mask_hidden`. The
-form does not say how deep a head was trained; an export of ours does, in a key of its own.
+form does not say how deep a head was trained; an export of ours does, in a key of its own. Speculators' form has the
+depth, and calls the token `mask_token_id`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,12 @@ from pydantic import ValidationError
 from sstf.errors import HeadError
 from sstf.formats.compatibility import needs
 from sstf.formats.decoder_layer import check_layers, check_sizes, layer_settings
-from sstf.formats.eagle3 import eagle_fields, is_full
+from sstf.formats.eagle3 import as_speculators, eagle_fields, eagle_speculators, is_full
 from sstf.formats.eagle3_reading import FLAGS, named_as_ours
 from sstf.formats.family import Family, Order, check_read_back
 from sstf.formats.files import Published, check_exportable, check_shapes, check_values, write_published
 from sstf.formats.layer_ids import read_layers
+from sstf.formats.speculators import speculators_fields, told_depth
 from sstf.formats.vocabulary_map import MAPS, in_order
 from sstf.heads import EagleShape, PEagleHead
 from sstf.methods import PEagleConfig
@@ -41,6 +43,7 @@ def write_p_eagle(order: Order) -> list[str]:
     check_exportable(stored.tensors, tensor_shapes(shape), "a P-EAGLE head")
     full = is_full(shape)
     wanted = ["p_eagle"] + ["full_vocabulary"] * full + ["several_layers"] * (shape.num_layers > 1)
+    wanted += ["other_layer_count"] * (order.engine == "speculators" and len(stored.layers) != 3)
     sentences = needs(order.engine, wanted)
     tensors = {
         name: tensor if name in MAPS else tensor.to(torch.bfloat16)
@@ -48,17 +51,27 @@ def write_p_eagle(order: Order) -> list[str]:
         if not (full and name in MAPS)  # vLLM has no map then, and refuses one
     }
     fields = eagle_fields(stored, shape, order.engine) | {"pard_token": mask_token, DEPTH: stored.config.depth}
+    if order.engine == "speculators":
+        tensors, more = as_speculators(tensors, order.frozen)
+        sentences = sentences + more
+        tensors["mask_hidden"] = tensors["mask_hidden"].view(1, 1, -1)
+        kind = speculators_fields(
+            "peagle", "PEagleSpeculator", stored.target, shape, stored.config.depth, order.verifier
+        )
+        fields = kind | eagle_speculators(stored, shape) | {"mask_token_id": mask_token} | dict.fromkeys(FLAGS, False)
     write_published(order.folder, fields, tensors)
-    told = stored.config.model_copy(update={"mask_token": mask_token})
+    told = stored.config.model_copy(update={"mask_token_id": mask_token})
     check_read_back(
-        replace(order, stored=replace(stored, config=told)), read_p_eagle, ("num_layers", "mask_token", "depth")
+        replace(order, stored=replace(stored, config=told)), read_p_eagle, ("num_layers", "mask_token_id", "depth")
     )
     return sentences
 
 
 def is_p_eagle(head: Published) -> bool:
-    """By the tensor that it alone has."""
-    return head.speculators_type is None and "mask_hidden" in head.tensors
+    """By its kind in speculators' form, else by the tensor that it alone has."""
+    if head.speculators_type is not None:
+        return head.speculators_type == "peagle"
+    return "mask_hidden" in head.tensors
 
 
 def read_p_eagle(head: Published, target: TargetSpec) -> StoredHead:
@@ -85,10 +98,10 @@ def read_p_eagle(head: Published, target: TargetSpec) -> StoredHead:
         "layers": layers,
         "num_layers": head.fields.get("num_hidden_layers", 1),
         "draft_vocab_size": None if size == target.vocab_size else size,
-        "mask_token": mask_token,
+        "mask_token_id": mask_token,
     }
-    if DEPTH in config:
-        settings["depth"] = config[DEPTH]
+    if depth := config.get(DEPTH, told_depth(config)):
+        settings["depth"] = depth
     try:
         own = PEagleConfig.model_validate(settings)
     except ValidationError as error:
@@ -115,9 +128,10 @@ def tensor_shapes(shape: EagleShape) -> dict[str, tuple[int, ...]]:
 
 FAMILY = Family(
     named="P-EAGLE",
-    engines=("vllm",),
+    engines=("vllm", "speculators"),
     write=write_p_eagle,
     claims=is_p_eagle,
     read=read_p_eagle,
     vllm={"method": "eagle3", "parallel_drafting": True},
+    with_target=("speculators",),
 )

@@ -35,7 +35,7 @@ from sstf.types import DraftTree, FeatureBatch, StepOutput
 class PEagleConfig(Section):
     """`layers` and `init` are as in EAGLE-3. `depth` is how many tokens are trained, and drafted at most.
 
-    `mask_token` is the target id whose embedding stands for tokens not known yet; None takes the last one. The
+    `mask_token_id` is the target id whose embedding stands for tokens not known yet; None takes the last one. The
     embeddings are the target's and frozen, so it may be any: what a drafted position reads is learned beside it.
     `draft_vocab_size` None proposes any token of the target's.
     """
@@ -46,7 +46,7 @@ class PEagleConfig(Section):
     num_layers: int = Field(default=2, ge=1, le=16)
     depth: int = Field(default=7, ge=1, le=16)
     draft_vocab_size: int | None = Field(default=8192, ge=16)
-    mask_token: int | None = Field(default=None, ge=0)
+    mask_token_id: int | None = Field(default=None, ge=0)
     cod_retain: float = Field(default=0.8, gt=0, le=1)
     cod_floor: float = Field(default=0.2, ge=0, le=1)
     decay: float = Field(default=1.0, gt=0, le=1)
@@ -98,16 +98,17 @@ class PEagleMethod:
         Raises:
             ConfigError: the target lacks a layer, or the mask token.
         """
-        mask_token = self.config.mask_token
+        mask_token = self.config.mask_token_id
         if mask_token is not None and mask_token >= target.vocab_size:
             raise ConfigError(
-                f"method.mask_token is {mask_token}; target {target.name} has the tokens 0 to {target.vocab_size - 1}"
+                f"method.mask_token_id is {mask_token}; target {target.name} has the tokens 0 to "
+                f"{target.vocab_size - 1}"
             )
         return fused_layers(self.config.layers, target)
 
     def mask_token(self, target: TargetSpec) -> int:
         """See `PEagleConfig`."""
-        return target.vocab_size - 1 if self.config.mask_token is None else self.config.mask_token
+        return target.vocab_size - 1 if self.config.mask_token_id is None else self.config.mask_token_id
 
     def shape(self, target: TargetSpec, draft_vocab_size: int) -> EagleShape:
         """Of the head for a target."""

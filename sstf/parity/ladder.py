@@ -27,7 +27,7 @@ from torch import Tensor
 from sstf.data.progress import Progress
 from sstf.errors import HeadError, SstfError
 from sstf.evaluation.metrics import bootstrap
-from sstf.formats import Engine, export_head, load_any, read_any
+from sstf.formats import Engine, engines_of, export_head, load_any, read_any
 from sstf.methods import Eagle3Config, build_method
 from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import StoredHead
@@ -44,13 +44,14 @@ ROUNDS = 1000  # resamples of prompts
 
 @dataclass(frozen=True)
 class ParitySettings:
-    """Which rungs there are, and how well they are measured. `depth` None: as many drafts as training unrolled.
+    """Which rungs there are, and how well they are measured. `engines` None: every one that knows the method. `depth`
+    None: as many drafts as training unrolled.
 
     `exported` is a folder of an engine's files to be checked in place of fresh exports for `engines`. `vllm` is a
     virtual environment with vLLM, for the last rung.
     """
 
-    engines: tuple[Engine, ...] = ("vllm",)
+    engines: tuple[Engine, ...] | None = None
     prompts: int = 8
     max_new_tokens: int = 64
     depth: int | None = None
@@ -138,7 +139,8 @@ def _exports(stored: StoredHead, settings: ParitySettings, frozen: FrozenHead, s
 
         return make
 
-    engines = settings.engines + (("vllm",) if settings.vllm and "vllm" not in settings.engines else ())
+    engines = engines_of(stored.config.kind) if settings.engines is None else settings.engines
+    engines += ("vllm",) if settings.vllm and "vllm" not in engines else ()
     return [_Export(f"export {engine}", maker(engine), engine == "vllm") for engine in engines]
 
 

@@ -219,6 +219,13 @@ def _use(facts: CardFacts) -> list[str]:
         ]
     if "speculators" in facts.engines:
         lines += ["", "`speculators/` holds the head in the form of the speculators library, which vLLM also loads."]
+    if "transformers" in facts.engines:
+        lines += ["", "transformers:", "", "```python"]
+        lines += [
+            f'drafter = AutoModel.from_pretrained("{name}/transformers", dtype="auto")',
+            'model.generate(**inputs, assistant_model=drafter, speculation_type="dflash")',
+            "```",
+        ]
     lines += ["", "sstf:", "", "```sh", f"sstf pull {facts.repo}", f"sstf chat {name}", "```"]
     lines += [line for engine, why in facts.left_out.items() for line in ("", f"No form for {engine}: {why}.")]
     return lines

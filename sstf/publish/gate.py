@@ -95,7 +95,7 @@ def doctor(candidate: Candidate, progress: Progress) -> list[Verdict]:
 def parity(candidate: Candidate, progress: Progress) -> list[Verdict]:
     """The rungs of `sstf parity` that need no engine."""
     precision = training_precision(candidate.source)
-    ladder = climb(candidate.folder, candidate.target, ParitySettings(get_args(Engine)), precision, progress)
+    ladder = climb(candidate.folder, candidate.target, ParitySettings(), precision, progress)
     verdicts = []
     for rung in ladder.rungs:
         length = "" if rung.accepted_length is None else f"accepted length {rung.accepted_length:.2f}"

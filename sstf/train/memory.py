@@ -76,6 +76,9 @@ class Trained:
     kind: Kind = "single"
     processes: int = 1
     on_cpu: bool = True
+    # It drafts with the target's lm_head: nothing of that size is learned. `whole` as it is, else with rows of it.
+    frozen_output: bool = False
+    whole: bool = False
 
 
 def trained(
@@ -110,6 +113,8 @@ def trained(
         for layer in layers.values()
         if layer is not output and layer.in_features != once and layer.out_features != tokens
     ]
+    # A correction of the logits has a row for each token, which is learned beside the frozen ones.
+    correction = any(layer.out_features == tokens for layer in layers.values())
     sizes = {name: p.numel() for name, p in head.named_parameters()}
     by_muon = [p.numel() for name, p in head.named_parameters() if takes_muon(name, p)]
     return Trained(
@@ -127,6 +132,8 @@ def trained(
         unrolls=unrolls,
         supervised=supervised,
         on_cpu=device.type == "cpu",
+        frozen_output=output is None and not correction,
+        whole=tokens == len(frozen.lm_head),
     )
 
 
@@ -179,9 +186,13 @@ def _state(what: Trained) -> float:
 
 def _loss(what: Trained, learned: float, loss_rows: int, product: int) -> float:
     """Of `losses.fused_distill`: a chunk's logits and blocks in cache; its teachers, which the steps of test-time
-    training share; the draft weight's gradient, frozen rows and a product; and states with their gradients."""
+    training share; the draft weight's gradient, frozen rows and a product; and states with their gradients. Of a frozen
+    draft weight rows alone, the head's and the teacher's, and its copy where products are in another type."""
     chunk = min(loss_rows, learned * what.unrolls)
     cached = min(chunk, torch.get_num_threads() * CACHED // max(1, what.draft_vocab) + 1) if what.on_cpu else chunk
     tables = chunk * product + 3 * 4 * cached + chunk / what.unrolls * (4 + what.number)
-    layers = what.draft_vocab * (4 + what.number) + min(TOKENS, what.draft_vocab) * product
+    layers: float = what.draft_vocab * (4 + what.number) + min(TOKENS, what.draft_vocab) * product
+    if what.frozen_output:
+        copied = 0 if what.whole else 2 * what.number
+        layers = what.draft_vocab * (copied + (product if product != what.number else 0))
     return what.draft_vocab * tables + what.hidden * (layers + 2 * learned * what.unrolls * product)

@@ -24,6 +24,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "eagle3": {"kind": "eagle3", "num_layers": 2, "layers": [2, 4, 6], "ttt_steps": 2, "draft_vocab_size": 200},
     "early_exit": {"kind": "early_exit", "exit_layer": 6, "draft_vocab_size": 200},
     "dflash": {"kind": "dflash", "block_size": 4, "num_layers": 1, "layers": [2, 4, 6]},
+    "domino": {"kind": "domino", "block_size": 4, "num_layers": 1, "layers": [2, 4, 6]},
+    "dspark": {"kind": "dspark", "block_size": 4, "num_layers": 1, "layers": [2, 4, 6], "rank": 16},
+    "p_eagle": {"kind": "p_eagle", "num_layers": 1, "layers": [2, 4, 6], "depth": 3, "draft_vocab_size": 200},
 }
 # What does not pass, and why.
 OPEN: dict[str, dict[str, str]] = {
@@ -40,6 +43,9 @@ OPEN: dict[str, dict[str, str]] = {
     "eagle3": {},
     "early_exit": {"layer ids": "skipped: there is no fc", "tied weights": "skipped: the head has no lm_head"},
     "dflash": {"tied weights": "skipped: the head has no lm_head"},
+    "domino": {"tied weights": "skipped: the head has no lm_head"},
+    "dspark": {"tied weights": "skipped: the head has no lm_head"},
+    "p_eagle": {},
 }
 
 

@@ -68,7 +68,7 @@ def test_exports_that_cannot_be(own: Path, tmp_path: Path, capsys: pytest.Captur
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("dear diary")
     for arguments, message in (
-        ((own,), "is a folder; to export a head, say --to vllm, sglang or speculators"),
+        ((own,), "is a folder; to export a head, say --to vllm, sglang, speculators or transformers"),
         ((own, "train.steps=1", "--to", "vllm"), "has no setting train.steps=1"),
         ((own, "--to", "vllm", "--out", tmp_path / "mine"), "holds something else than an earlier export"),
         ((own, "--to", "vllm", "--out", own), "holds something else than an earlier export"),

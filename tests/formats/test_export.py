@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sstf.errors import ExportError
-from sstf.formats import Engine, export_head, load_any, read_any
+from sstf.formats import Engine, engines_of, export_head, load_any, read_any
 from sstf.formats import eagle3 as export_module
 from sstf.formats.files import Published
 from sstf.methods import Eagle3Config, NgramConfig
@@ -22,7 +22,7 @@ from sstf.methods.checkpoint import StoredHead
 from sstf.methods.eagle3 import Eagle3Method
 from sstf.targets import Target
 
-ENGINES = get_args(Engine)
+ENGINES = engines_of("eagle3")
 SHAPES = {  # hidden 64, 4 heads and 2 key/value heads of 16, inner size 128, 3 layers read, draft vocabulary 200
     "fc.weight": (64, 192),
     "midlayer.input_layernorm.weight": (64,),

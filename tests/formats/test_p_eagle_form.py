@@ -33,7 +33,9 @@ def make_head(target: Target, **settings: Any) -> StoredHead:
     return StoredHead(config, tensors, (1, 3, 4), target.spec, {})
 
 
-@pytest.mark.parametrize(("settings", "pard"), [({}, 299), ({"mask_token": 7}, 7), ({"draft_vocab_size": None}, 299)])
+@pytest.mark.parametrize(
+    ("settings", "pard"), [({}, 299), ({"mask_token_id": 7}, 7), ({"draft_vocab_size": None}, 299)]
+)
 def test_what_vllm_is_given(settings: dict[str, Any], pard: int, tiny_target: Target, tmp_path: Path) -> None:
     stored = make_head(tiny_target, **settings)
     export_head(stored, "vllm", tmp_path)
@@ -48,7 +50,7 @@ def test_what_vllm_is_given(settings: dict[str, Any], pard: int, tiny_target: Ta
     assert config["pard_token"] == pard and config["eagle_aux_hidden_state_layer_ids"] == [2, 4, 5]
     back = read_any(tmp_path, tiny_target.spec)
     assert isinstance(back.config, PEagleConfig) and back.layers == (1, 3, 4)
-    assert (back.config.depth, back.config.mask_token) == (5, pard)
+    assert (back.config.depth, back.config.mask_token_id) == (5, pard)
     for name, tensor in stored.tensors.items():
         rounded = tensor.bfloat16().float() if tensor.is_floating_point() else tensor
         assert torch.equal(back.tensors[name], rounded), name
@@ -74,7 +76,7 @@ def test_a_head_of_another_publisher(tiny_target: Target, tmp_path: Path) -> Non
     (tmp_path / "config.json").write_text(json.dumps(config))
     save_file(theirs, tmp_path / "model.safetensors")
     back = read_any(tmp_path, tiny_target.spec)
-    assert back.config.mask_token == 11 and back.layers == (1, 3, 4)
+    assert back.config.mask_token_id == 11 and back.layers == (1, 3, 4)
     assert torch.equal(back.tensors["mask_hidden"], stored.tensors["mask_hidden"].bfloat16().float())
     for change, message in (
         ({"ptd_token_id": 300}, "its pard_token is 300"),

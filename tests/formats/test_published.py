@@ -241,8 +241,8 @@ def scaled(name: str, value: float) -> Change:
         ),
         (lambda h: h.config.update(rope_scaling=LONG), "of type longrope"),
         (
-            lambda h: h.config.update(speculators_model_type="dflash"),
-            "speculators_model_type dflash, with tensors such as",
+            lambda h: h.config.update(speculators_model_type="dflash2"),
+            "speculators_model_type dflash2, with tensors such as",
         ),
         (lambda h: h.config.update(norm_before_fc=True, fc_norm=True), "norm the same values"),
         (lambda h: h.config.update(norm_before_fc=True), r"lacks the tensor input_norm.weight \[192\]"),

@@ -91,6 +91,13 @@ def test_damaged_description(saved: tuple[Path, dict[str, Tensor]], content: str
         read_head(folder)
 
 
+def test_a_setting_of_another_version(saved: tuple[Path, dict[str, Tensor]]) -> None:
+    """P-EAGLE's mask_token_id was mask_token once."""
+    rewrite(saved[0], method={"kind": "p_eagle", "mask_token": 7})
+    with pytest.raises(HeadError, match="the setting mask_token, which this version does not know; use the version"):
+        read_head(saved[0])
+
+
 def test_not_a_head(saved: tuple[Path, dict[str, Tensor]], tmp_path: Path) -> None:
     folder, _ = saved
     with pytest.raises(HeadError, match=r"no head\.json; expected a head folder"):

@@ -78,9 +78,9 @@ def test_is_a_trainable_method_of_bounded_depth(tiny_target: Target) -> None:
 
 def test_mask_tokens(tiny_target: Target) -> None:
     assert random_head(tiny_target).mask_token == 299
-    assert random_head(tiny_target, mask_token=7).mask_token == 7
-    with pytest.raises(ConfigError, match=r"method\.mask_token is 300; target tiny has the tokens 0 to 299"):
-        make_method(mask_token=300).feature_spec(tiny_target.spec)
+    assert random_head(tiny_target, mask_token_id=7).mask_token == 7
+    with pytest.raises(ConfigError, match=r"method\.mask_token_id is 300; target tiny has the tokens 0 to 299"):
+        make_method(mask_token_id=300).feature_spec(tiny_target.spec)
     with pytest.raises(ConfigError, match=r"has layers 0 to 7, cannot read \[0, 9\]"):
         make_method(layers=(0, 9)).feature_spec(tiny_target.spec)
 
@@ -156,9 +156,9 @@ def drafts_of(head: PEagleHead) -> Drafts:
 )
 def test_loss_as_a_naive_loop(layers: int, objective: Objective, drawn: bool, tiny_target: Target) -> None:
     frozen = tiny_target.frozen_head
-    method = make_method(num_layers=layers, decay=0.9, cod_retain=0.7, mask_token=5)
+    method = make_method(num_layers=layers, decay=0.9, cod_retain=0.7, mask_token_id=5)
     method.config = method.config.model_copy(update={"objective": objective})
-    head = random_head(tiny_target, num_layers=layers, mask_token=5)
+    head = random_head(tiny_target, num_layers=layers, mask_token_id=5)
     batch = make_batch(frozen, (14, 1, 4, 9), TAPS, 0.95)
     whole = torch.ones(DEPTH, 28, dtype=torch.bool)
     kept = whole

@@ -21,8 +21,7 @@ from sstf.data.conversations import read_conversations
 from sstf.data.progress import NoProgress
 from sstf.features import ExtractConfig, FeatureStore, extract
 from sstf.features.shards import threads_for
-from sstf.methods import Eagle3Config
-from sstf.methods.eagle3 import Eagle3Method
+from sstf.methods import Eagle3Config, EagleConfig, build_method
 from sstf.planning import sizes
 from sstf.machine import resident_memory
 from sstf.targets import load_target
@@ -48,7 +47,10 @@ def rows(count, length):
     cuts = [slice(i * length, (i + 1) * length) for i in range(count)]
     return [TokenSample(str(i), ids[cut], mask[cut]) for i, cut in enumerate(cuts)]
 
-method = Eagle3Method(Eagle3Config(ttt_steps=a.get("steps", 3), draft_vocab_size=a.get("draft_vocab", 8192)))
+if a.get("eagle"):
+    method = build_method(EagleConfig(ttt_steps=a["steps"], draft_vocab_size=a.get("draft_vocab")))
+else:
+    method = build_method(Eagle3Config(ttt_steps=a.get("steps", 3), draft_vocab_size=a.get("draft_vocab", 8192)))
 if stage == "regeneration":
     target = load_target(name, device="cpu")
     prompts = [s.input_ids for s in rows(a["slots"], a["prompt"])]
@@ -98,6 +100,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
+@pytest.fixture(scope="module")
+def last_layer_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("last-layer")
+    measure("store", {"eagle": 1, "steps": 1}, str(folder))
+    return str(folder)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "settings"),
@@ -118,6 +127,25 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> str:
     ],
 )
 def test_a_stage_holds_what_was_planned(stage: str, settings: dict[str, int], store: str) -> None:
+    check(stage, settings, store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch": 1024, "steps": 1},
+        {"batch": 1024, "steps": 3},
+        {"batch": 1024, "steps": 3, "draft_vocab": 8192},
+        {"batch": 1024, "steps": 3, "fp32": 1},
+    ],
+)
+def test_a_head_that_drafts_with_the_target_s_lm_head(settings: dict[str, int], last_layer_store: str) -> None:
+    """Nothing of the size of lm_head is learned: no gradient, and rows of its own for a smaller vocabulary alone."""
+    check("training", settings | {"eagle": 1}, last_layer_store)
+
+
+def check(stage: str, settings: dict[str, int], store: str) -> None:
     found = measure(stage, settings, store)
     error = found["planned"] / found["peak"] - 1
     print(f"{stage} {settings}: planned {found['planned'] / 2**20:.0f} MiB, peak {found['peak'] / 2**20:.0f} MiB")

@@ -18,6 +18,7 @@ from sstf import machine
 from sstf.data.progress import NoProgress
 from sstf.errors import ConfigError
 from sstf.features import FeatureStore
+from sstf.losses.fused import TOKENS
 from sstf.machine import memory_left
 from sstf.targets import Target
 from sstf.train import budget
@@ -73,6 +74,18 @@ def test_logits_count_once_a_chunk() -> None:
     saved = parts(LARGE)["loss"] - parts(LARGE, loss_rows=128)["loss"]
     # 384 rows of bfloat16 logits; 128 teacher rows, as bfloat16 logits and as float32.
     assert saved == pytest.approx(32_000 * (384 * 2 + 128 * 6), rel=0.01)
+
+
+def test_what_is_not_learned_of_a_frozen_lm_head() -> None:
+    """A head's own lm_head has 4 bytes of gradient, a copy of the target's rows and a product of 2,048 tokens. The
+    target's has nothing of it; where some of its rows are taken the head's and the teacher's, in float32 a converted
+    copy."""
+    own, frozen = parts(LARGE)["loss"], replace(LARGE, frozen_output=True, whole=True)
+    assert own - parts(frozen)["loss"] == pytest.approx(576 * (32_000 * 6 + TOKENS * 2))
+    some = replace(frozen, whole=False)
+    assert parts(some)["loss"] - parts(frozen)["loss"] == pytest.approx(576 * 32_000 * 2 * 2)
+    wide = parts(replace(frozen, bf16=False))["loss"] - parts(replace(LARGE, bf16=False))["loss"]
+    assert wide == pytest.approx(576 * (32_000 * (4 - 6) - TOKENS * 4))
 
 
 def test_more_of_anything_takes_more() -> None:
