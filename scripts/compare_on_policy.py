@@ -28,7 +28,7 @@ from sstf.data.atomic import write_json_atomic
 from sstf.decode import SpeculativeDecoder
 from sstf.errors import ConfigError
 from sstf.evaluation.metrics import bootstrap
-from sstf.features import FeatureStore, split
+from sstf.features import FeatureStore, prompt_of, split
 from sstf.methods import TrainableMethod
 from sstf.methods.checkpoint import load_head
 from sstf.pipeline import Run, load_run
@@ -131,12 +131,8 @@ def main() -> None:
 
     store = FeatureStore(run.folder("extract"))
     _, held_out = split(store, run.config.train.validation_conversations, run.config.seed)
-    prompts = []
-    for index in held_out:
-        ids, mask = store.tokens_of(index)
-        first = int(mask.nonzero()[0])
-        if 0 < first <= run.target.context - args.max_new_tokens:
-            prompts.append(ids[:first].tolist())
+    room = run.target.context - args.max_new_tokens
+    prompts = [ids for ids in (prompt_of(store, index) for index in held_out) if 0 < len(ids) <= room]
     assert isinstance(run.method, TrainableMethod)
     depth = run.config.on_policy.depth or run.method.positions
     passes = {name: decoded(run.target, arm["head"], prompts, depth, args) for name, arm in arms.items()}

@@ -61,11 +61,11 @@ class RunConfig(Section):
         method = build_method(settings)
         if not isinstance(method, TrainableMethod):
             raise ValueError(f"method.kind={settings.kind} has no head to train on rollouts; remove on_policy")
-        limit = min(method.positions, method.limits.depth or method.positions)
-        if given.depth is not None and given.depth > limit:
+        most = method.positions
+        if given.depth is not None and given.depth > most:
             raise ValueError(
-                f"on_policy.depth is {given.depth}, but method {settings.kind} teaches {limit} draft positions; "
-                f"expected 1 to {limit}, or nothing for all of them"
+                f"on_policy.depth is {given.depth}, but method {settings.kind} teaches {most} draft positions; "
+                f"expected 1 to {most}, or nothing for all of them"
             )
         return given
 

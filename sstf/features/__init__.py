@@ -1,6 +1,6 @@
 """Hidden-state data sets: what to extract, how it is stored, how it is aligned for training."""
 
-from sstf.features.dataset import collate, epoch_batches, rows_ahead, split, to_device
+from sstf.features.dataset import collate, epoch_batches, prompt_of, rows_ahead, split, to_device
 from sstf.features.extract import WHOLE, ExtractConfig, Part, extract, own_target
 from sstf.features.online import OnlineFeatures
 from sstf.features.record import Features
@@ -34,6 +34,7 @@ __all__ = [
     "extract",
     "own_target",
     "prefetched",
+    "prompt_of",
     "rejected_map",
     "rows_ahead",
     "split",

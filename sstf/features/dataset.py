@@ -109,6 +109,14 @@ def split(
     return [i for i in usable if i not in held_out], sorted(held_out)
 
 
+def prompt_of(source: FeatureSource, index: int) -> list[int]:
+    """Tokens of a conversation before the first trained one, from which its answer is decoded. Empty where nothing
+    stands before it, or nothing is trained."""
+    ids, mask = source.tokens_of(index)
+    trained = mask.nonzero()[:1].flatten().tolist()
+    return ids[: trained[0]].tolist() if trained else []
+
+
 def epoch_batches(lengths: Sequence[int], batch_tokens: int, seed: int, epoch: int) -> list[list[int]]:
     """The micro-batches of one epoch: positions into `lengths`, shuffled, `batch_tokens` or less together.
 

@@ -50,15 +50,15 @@ def write_p_eagle(order: Order) -> list[str]:
         for name, tensor in stored.tensors.items()
         if not (full and name in MAPS)  # vLLM has no map then, and refuses one
     }
-    fields = eagle_fields(stored, shape, order.engine) | {"pard_token": mask_token, DEPTH: stored.config.depth}
+    depth = stored.config.depth
     if order.engine == "speculators":
         tensors, more = as_speculators(tensors, order.frozen)
         sentences = sentences + more
         tensors["mask_hidden"] = tensors["mask_hidden"].view(1, 1, -1)
-        kind = speculators_fields(
-            "peagle", "PEagleSpeculator", stored.target, shape, stored.config.depth, order.verifier
-        )
+        kind = speculators_fields("peagle", "PEagleSpeculator", stored.target, shape, depth, order.verifier)
         fields = kind | eagle_speculators(stored, shape) | {"mask_token_id": mask_token} | dict.fromkeys(FLAGS, False)
+    else:
+        fields = eagle_fields(stored, shape, order.engine) | {"pard_token": mask_token, DEPTH: depth}
     write_published(order.folder, fields, tensors)
     told = stored.config.model_copy(update={"mask_token_id": mask_token})
     check_read_back(

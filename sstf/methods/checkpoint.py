@@ -93,17 +93,13 @@ def read_head(folder: str | Path) -> StoredHead:
         config = TypeAdapter(MethodConfig).validate_json(json.dumps(fields["method"]))
         target = TargetSpec.from_json(fields["target"])
         layers, digest, run = tuple(fields["layers"]), fields["sha256"], fields["run"]
-    except ValidationError as error:
-        unknown = [str(one["loc"][-1]) for one in error.errors() if one["type"] == "extra_forbidden"]
-        if not unknown:
-            raise DamagedDataError(
-                f"{description}: unreadable (ValidationError); train or copy the head again"
-            ) from None
-        raise HeadError(
-            f"{description}: its method has the setting {unknown[0]}, which this version does not know; use the "
-            "version that trained it, or train it again"
-        ) from None
     except (ValueError, KeyError, TypeError) as error:
+        faults = error.errors() if isinstance(error, ValidationError) else []
+        if unknown := [str(one["loc"][-1]) for one in faults if one["type"] == "extra_forbidden"]:
+            raise HeadError(
+                f"{description}: its method has the setting {unknown[0]}, which this version does not know; use the "
+                "version that trained it, or train it again"
+            ) from None
         raise DamagedDataError(
             f"{description}: unreadable ({type(error).__name__}); train or copy the head again"
         ) from None

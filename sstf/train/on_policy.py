@@ -29,7 +29,7 @@ from sstf.data.progress import Progress as Bars
 from sstf.data.tokens import TokenStore
 from sstf.decode import SpeculativeDecoder, Step
 from sstf.errors import DamagedDataError, DataError
-from sstf.features import Anchor, FeatureSource
+from sstf.features import Anchor, FeatureSource, prompt_of
 from sstf.features.sealed import read_sealed, write_sealed
 from sstf.methods.checkpoint import DraftHead
 from sstf.targets import Target
@@ -124,10 +124,9 @@ def choose_prompts(
     """
     prompts = []
     for index in training:
-        ids, mask = source.tokens_of(index)
-        first = int(mask.nonzero()[0])
-        if 0 < first <= room - config.max_new_tokens:
-            prompts.append(TokenSample(source.ids[index], ids[:first].tolist(), [False] * first))
+        ids = prompt_of(source, index)
+        if 0 < len(ids) <= room - config.max_new_tokens:
+            prompts.append(TokenSample(source.ids[index], ids, [False] * len(ids)))
     if not prompts:
         raise DataError(
             f"none of {len(training)} training conversations has a prompt with room for "

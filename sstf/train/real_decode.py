@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sstf.decode import SpeculativeDecoder
-from sstf.features import FeatureSource
+from sstf.features import FeatureSource, prompt_of
 from sstf.methods.checkpoint import load_head
 from sstf.targets import Target
 from sstf.train.config import RealDecodeConfig
@@ -32,8 +32,6 @@ class RealDecode:
         decoder = SpeculativeDecoder(self.target, load_head(head, self.target), Chain(depth=self.depth))
         lengths: list[int] = []
         for index in held_out[: self.config.prompts]:
-            ids, mask = source.tokens_of(index)
-            answer = int(mask.nonzero()[0]) if bool(mask.any()) else 0
-            if answer:
-                lengths += decoder.generate(ids[:answer], self.config.max_new_tokens).accepted_lengths
+            if prompt := prompt_of(source, index):
+                lengths += decoder.generate(prompt, self.config.max_new_tokens).accepted_lengths
         return sum(lengths) / len(lengths) if lengths else 0.0
