@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+from learning import learn_texts
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
-from sstf.data.progress import NoProgress
-from sstf.features import ExtractConfig, FeatureStore, extract
-from sstf.methods import Eagle3Config, build_method
-from sstf.methods.base import TrainableMethod
+from sstf.methods import Eagle3Config
 from sstf.parity.texts import Text, write_texts
 from sstf.targets import Target, load_target
-from sstf.train.config import TrainConfig
-from sstf.train.trainer import Trainer
 
 REPOSITORY = Path(__file__).parents[2]
 PROMPTS, NEW = 6, 48
@@ -66,20 +65,21 @@ def learn(
     target: Target, config: Any, folder: Path, steps: int = 50, learning_rate: float = 1e-3, precision: str = "bf16"
 ) -> Learned:
     """Train a head of any method on the ladder's texts."""
-    method = build_method(config)
-    assert isinstance(method, TrainableMethod)
     texts = write_texts(target, PROMPTS, NEW)
-    samples = [text.sample(f"t{i}") for i, text in enumerate(texts)]
-    spec = method.feature_spec(target.spec)
-    extract(target, samples, spec, ExtractConfig(), folder / "features", NoProgress())
-    train = TrainConfig(
-        steps=steps,
-        step_tokens=2048,
-        optimizer={"learning_rate": learning_rate},
-        precision=precision,
-        validation_conversations=0,
-        validate_every=steps,
-        checkpoint_every=steps,
+    return Learned(target, texts, learn_texts(target, texts, config, folder, steps, 2048, learning_rate, precision))
+
+
+def in_speculators(
+    venv: Path, program: str, folder: Path, argument: str, probe: dict[str, Tensor]
+) -> dict[str, Tensor]:
+    """What a program beside this file computes there from `probe`, with the export in `folder`."""
+    save_file(probe, folder / "probe.safetensors")
+    done = subprocess.run(
+        [venv / "bin/python", Path(__file__).with_name(program), folder, argument],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)},
     )
-    Trainer(FeatureStore(folder / "features"), method, config, train, folder, 0).run(NoProgress(), "learned", {})
-    return Learned(target, texts, folder / "head")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(folder / "logits.safetensors")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import Learned
-from safetensors.torch import load_file, save_file
+from conftest import Learned, in_speculators
 
 from sstf.features import ExtractConfig, FeatureSpec, OnlineFeatures
 from sstf.formats import export_head, load_any
@@ -26,16 +24,7 @@ def test_speculators_computes_our_logits(speculators: Path, learned: Learned, tm
     source = OnlineFeatures(target, [learned.texts[0].sample("t")], FeatureSpec(stored.layers), ExtractConfig())
     batch = source.batch([0])
     probe = {"features": batch.features.float(), "tokens": batch.input_ids}
-    save_file(probe, tmp_path / "probe.safetensors")
-    done = subprocess.run(
-        [speculators / "bin/python", Path(__file__).with_name("speculators_logits.py"), tmp_path, str(STEPS)],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(tmp_path / "logits.safetensors")
+    found = in_speculators(speculators, "speculators_logits.py", tmp_path, str(STEPS), probe)
     theirs = found["logits"]  # [steps, seq, draft_vocab]
     assert found["layers"].tolist() == [layer + 1 for layer in stored.layers]  # the residual stream after k layers
 

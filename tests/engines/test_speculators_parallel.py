@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from conftest import in_speculators
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,16 +39,7 @@ def exported(target: Target, config: Any, folder: Path, draft_vocab: int = 300) 
 
 def computed(venv: Path, folder: Path, kind: str, features: Tensor, tokens: Tensor) -> dict[str, Tensor]:
     """What speculators computes; the layers that it would read are ours, as it counts."""
-    save_file({"features": features, "tokens": tokens}, folder / "probe.safetensors")
-    done = subprocess.run(
-        [venv / "bin/python", Path(__file__).with_name("speculators_parallel.py"), folder, kind],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        env={"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin", "HOME": str(folder)},
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    found = load_file(folder / "logits.safetensors")
+    found = in_speculators(venv, "speculators_parallel.py", folder, kind, {"features": features, "tokens": tokens})
     assert found["layers"].tolist() == [layer + 1 for layer in LAYERS]  # the residual stream after k layers
     return found
 

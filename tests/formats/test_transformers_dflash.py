@@ -11,25 +11,21 @@ from typing import Any
 
 import pytest
 import torch
+from learning import learn_texts
 from safetensors.torch import load_file
 from test_block_forms import BODY, check_back, make_head
 from torch import Tensor
 from transformers import AutoModel
 from transformers.generation import DFlashTokenCandidateGenerator
 
-from sstf.data.progress import NoProgress
 from sstf.decode import SpeculativeDecoder
 from sstf.errors import ExportError, HeadError
-from sstf.features import ExtractConfig, FeatureStore, extract
 from sstf.formats import export_head, load_any, read_any
 from sstf.methods import DFlashConfig
 from sstf.methods.block import BlockDrafter
 from sstf.methods.checkpoint import read_head
-from sstf.methods.dflash import DFlashMethod
 from sstf.parity.texts import Text, write_texts
 from sstf.targets import Target
-from sstf.train.config import TrainConfig
-from sstf.train.trainer import Trainer
 from sstf.trees import Chain
 
 NEW, BLOCK = 24, 4
@@ -89,21 +85,9 @@ class Learned:
 def learned(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Learned:
     folder = tmp_path_factory.mktemp("learned")
     config = DFlashConfig(block_size=BLOCK, num_layers=2, layers=(1, 3, 5))
-    method, texts = DFlashMethod(config), write_texts(tiny_target, 3, NEW)
-    samples = [text.sample(f"t{i}") for i, text in enumerate(texts)]
-    spec = method.feature_spec(tiny_target.spec)
-    extract(tiny_target, samples, spec, ExtractConfig(shard_tokens=1024), folder / "features", NoProgress())
-    train = TrainConfig(
-        steps=40,
-        step_tokens=1024,
-        optimizer={"learning_rate": 5e-3},
-        precision="fp32",
-        validation_conversations=0,
-        validate_every=40,
-        checkpoint_every=40,
-    )
-    Trainer(FeatureStore(folder / "features"), method, config, train, folder, 0).run(NoProgress(), "learned", {})
-    export_head(read_head(folder / "head"), "transformers", folder / "export")
+    texts = write_texts(tiny_target, 3, NEW)
+    head = learn_texts(tiny_target, texts, config, folder, 40)
+    export_head(read_head(head), "transformers", folder / "export")
     return Learned(texts, folder / "export")
 
 

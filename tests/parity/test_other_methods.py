@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from learning import learn_texts
 from parity_ladder import NEW, PROMPTS, climbed
 from safetensors.torch import load_file, save_file
 
-from sstf.data.progress import NoProgress
 from sstf.errors import HeadError
-from sstf.features import ExtractConfig, FeatureStore, extract
 from sstf.formats import Engine, engines_of, export_head, needs_target
 from sstf.methods import (
     DFlashConfig,
@@ -26,15 +25,11 @@ from sstf.methods import (
     EarlyExitConfig,
     MedusaConfig,
     PEagleConfig,
-    build_method,
 )
-from sstf.methods.base import TrainableMethod
 from sstf.methods.checkpoint import read_head
 from sstf.methods.medusa import MedusaDrafter, MedusaMethod
 from sstf.parity.texts import write_texts
 from sstf.targets import Target
-from sstf.train.config import TrainConfig
-from sstf.train.trainer import Trainer
 from sstf.types import FeatureBatch, StepOutput
 
 LEARNED: dict[str, Any] = {
@@ -56,29 +51,11 @@ def heads(tiny_target: Target, tmp_path_factory: pytest.TempPathFactory) -> Call
 
     def head(kind: str) -> Path:
         if kind not in made:
-            made[kind] = _learn(tiny_target, LEARNED[kind], tmp_path_factory.mktemp(kind))
+            texts = write_texts(tiny_target, PROMPTS, NEW)
+            made[kind] = learn_texts(tiny_target, texts, LEARNED[kind], tmp_path_factory.mktemp(kind), 60)
         return made[kind]
 
     return head
-
-
-def _learn(target: Target, config: Any, folder: Path) -> Path:
-    method = build_method(config)
-    assert isinstance(method, TrainableMethod)
-    samples = [text.sample(f"t{i}") for i, text in enumerate(write_texts(target, PROMPTS, NEW))]
-    spec = method.feature_spec(target.spec)
-    extract(target, samples, spec, ExtractConfig(shard_tokens=1024), folder / "features", NoProgress())
-    train = TrainConfig(
-        steps=60,
-        step_tokens=1024,
-        optimizer={"learning_rate": 5e-3},
-        precision="fp32",
-        validation_conversations=0,
-        validate_every=60,
-        checkpoint_every=60,
-    )
-    Trainer(FeatureStore(folder / "features"), method, config, train, folder, 0).run(NoProgress(), "learned", {})
-    return folder / "head"
 
 
 @pytest.mark.parametrize("kind", LEARNED)
