@@ -19,6 +19,8 @@ from sstf.doctor.bench import Agreement, Bench
 from sstf.doctor.probe import Probe
 from sstf.doctor.report import Check, Question, Verdict
 from sstf.evaluation.run import BROKEN_BELOW
+from sstf.heads import BlockHead, PEagleHead
+from sstf.methods.block import BlockConfig, mask_token_of
 from sstf.targets import Target
 
 # Features of the next position hold what is to be predicted, and any head does fairly well with them; one that was
@@ -51,6 +53,12 @@ FEATURE_SHIFT = Question(
     "feature shift",
     f"no other features give a lower loss and a chance of acceptance more than {AHEAD:g} times as high",
     "Look at the alignment of features and tokens where it was trained.",
+)
+MASK_TOKEN = Question(
+    "target",
+    "mask token",
+    "no usual mask token gives a higher chance of acceptance and a lower loss than the head's own",
+    "Set mask_token_id (pard_token in P-EAGLE's form) to the token that it was trained with.",
 )
 ACCEPTED_LENGTH = Question(
     "target",
@@ -133,6 +141,37 @@ def _layers(bench: Bench, own: Agreement, shifts: Sequence[Check]) -> Check:
         return LAYER_ALIGNMENT.skipped("the target has no layers one lower or one higher")
     found = {0: own} | {shift: bench.agreement(features=features) for shift, features in others.items()}
     return _best_is_own(LAYER_ALIGNMENT, found, "one layer lower", "one layer higher")
+
+
+def check_mask_token(bench: Bench) -> list[Check]:
+    """All drafts with the embedding of the head's own mask token, and with those of the tokens that methods take where
+    none is named: the last, and the one with the smallest embedding. That it was trained with yet another does
+    not show. Nothing for heads without masks."""
+    head = bench.training
+    if not isinstance(head, BlockHead | PEagleHead):
+        return []
+    own = int(head.mask_token)
+    usual = {len(bench.frozen.embeddings) - 1, mask_token_of(BlockConfig(), bench.frozen.embeddings)} - {own}
+    try:
+        found = {token: _with_mask(bench, head, token) for token in (own, *sorted(usual))}
+    finally:
+        _set_mask(head, own)
+    best = min(found, key=lambda token: found[token].loss)
+    failed = best != own and found[best].acceptance > found[own].acceptance
+    text = ", ".join(f"token {token} {one.acceptance:.1%} (loss {one.loss:.3f})" for token, one in found.items())
+    figures = {f"token {token}: {name}": value for token, one in found.items() for name, value in vars(one).items()}
+    return [MASK_TOKEN.answer("fail" if failed else "pass", text, figures)]
+
+
+def _with_mask(bench: Bench, head: BlockHead | PEagleHead, token: int) -> Agreement:
+    _set_mask(head, token)
+    found = bench.run(bench.probe.supervised(bench.probe.answer))
+    drafts = float(found.valid.sum().clamp_min(1))
+    return Agreement(float(found.overlap.sum()) / drafts, float(found.losses.sum()) / drafts)
+
+
+def _set_mask(head: BlockHead | PEagleHead, token: int) -> None:
+    head.mask_token = torch.full_like(head.mask_token, token) if isinstance(head, BlockHead) else token
 
 
 def check_accepted_length(bench: Bench) -> Check:

@@ -13,6 +13,7 @@ from sstf.doctor.alignment import (
     check_capture,
     check_coverage,
     check_degenerate,
+    check_mask_token,
 )
 from sstf.doctor.arithmetic import (
     check_final_norm,
@@ -57,6 +58,7 @@ OF_BOTH = (
     alignment.LAYER_ALIGNMENT,
     alignment.LABEL_SHIFT,
     alignment.FEATURE_SHIFT,
+    alignment.MASK_TOKEN,
     arithmetic.LEAK,
     arithmetic.PACKING,
     arithmetic.OUTSIDE,
@@ -95,7 +97,9 @@ def check_head(folder: Path, target: Target, progress: Progress) -> list[Check]:
         read_any(folder, target.spec)  # says what is there instead
     found, reason = _measured(folder, target, progress)
     by_name = {check.name: check for check in found}
-    return [by_name.get(question.name) or question.skipped(reason) for question in QUESTIONS]
+    # Whether a head has masks is known once it is loaded; others are not asked.
+    asked = [one for one in QUESTIONS if one is not alignment.MASK_TOKEN or one.name in by_name]
+    return [by_name.get(question.name) or question.skipped(reason) for question in asked]
 
 
 def _measured(folder: Path, target: Target, progress: Progress) -> tuple[list[Check], str]:
@@ -141,6 +145,7 @@ def _of_both(bench: Bench) -> tuple[Callable[[], list[Check]], ...]:
         lambda: [check_rotary(bench)],
         lambda: [check_norms(bench)],
         lambda: check_alignment(bench),
+        lambda: check_mask_token(bench),
         lambda: [check_leak(bench)],
         lambda: [check_packing(bench)],
         lambda: [check_outside(bench, draft_tokens)],

@@ -22,6 +22,7 @@ from sstf.errors import DamagedDataError, HeadError
 from sstf.features.store import LAYER_CONVENTION
 from sstf.methods import MethodConfig, build_method
 from sstf.methods.base import DraftMethod, TrainableMethod
+from sstf.methods.block import BlockConfig
 from sstf.targets import FrozenHead, Target, TargetSpec
 
 FORMAT = 1
@@ -140,6 +141,13 @@ def bind(stored: StoredHead, frozen: FrozenHead) -> nn.Module:
         raise HeadError(
             f"the stored tensors do not fit method {stored.config.kind}: {str(error).splitlines()[-1].strip()}"
         ) from None
+    if isinstance(stored.config, BlockConfig) and stored.config.mask_token_id is not None:
+        found = int(stored.tensors["mask_token"])
+        if found != stored.config.mask_token_id:
+            raise HeadError(
+                f"its mask_token is {found}, its settings say method.mask_token_id={stored.config.mask_token_id}; it "
+                "drafts well with the one that it was trained with alone, so take the files as they were written"
+            )
     return module
 
 

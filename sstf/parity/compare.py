@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sstf.heads import Eagle3Head
+from sstf.heads import Eagle3Head, PEagleHead
 from sstf.parity.trace import Trace
 
 # A stored weight went through bfloat16 at most once, which keeps eight significant bits. Anything else is a change.
@@ -35,8 +35,9 @@ class Difference:
 
 
 def tensors_of(head: nn.Module, layers: tuple[int, ...]) -> dict[str, Tensor]:
-    """What is kept of a head of any method, and the layers that it reads."""
-    return {"layers": torch.tensor(layers), **head.state_dict()}
+    """What is kept of a head of any method, its layers, and the mask token that P-EAGLE has among its settings."""
+    tokens = {"mask_token": torch.tensor(head.mask_token)} if isinstance(head, PEagleHead) else {}
+    return {"layers": torch.tensor(layers), **tokens, **head.state_dict()}
 
 
 def weights_of(head: Eagle3Head, layers: tuple[int, ...]) -> dict[str, Tensor]:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
-from spoilt_heads import failed, not_passed, verdicts
+from spoilt_heads import alter_json, alter_tensors, failed, name_layers, not_passed, verdicts
+from torch import Tensor
 
 from sstf.config import RunConfig
 from sstf.config_loading import load
 from sstf.data.progress import NoProgress
 from sstf.formats import engines_of, export_head
+from sstf.heads import BlockHead, FusedEagle1
+from sstf.methods.block import BlockDrafter
 from sstf.methods.checkpoint import read_head
 from sstf.pipeline import Run
 from sstf.targets import Target
@@ -84,3 +89,90 @@ def test_a_sound_head(kind: str, heads: Callable[[str], Path], target: Target) -
     assert others.keys() - {"layer alignment"} == OPEN[kind].keys()  # so little training tells neighbours apart badly
     for name, reason in OPEN[kind].items():
         assert reason in others[name]
+
+
+# ---- faults of its own kind, planted ------------------------------------------------------------------------------
+
+
+def copied(heads: Callable[[str], Path], kind: str, folder: Path) -> Path:
+    return Path(shutil.copytree(heads(kind), folder / "head"))
+
+
+@pytest.mark.parametrize("kind", ["dflash", "p_eagle"])
+def test_layers_off_by_one(kind: str, heads: Callable[[str], Path], target: Target, tmp_path: Path) -> None:
+    head = name_layers(copied(heads, kind, tmp_path), [1, 3, 5])
+    assert failed(verdicts(head, target)) == ["layer alignment"]
+
+
+def test_the_layer_beside_the_exit(heads: Callable[[str], Path], target: Target, tmp_path: Path) -> None:
+    """The same adapter behind one layer less."""
+
+    def change(fields: dict[str, Any]) -> None:
+        fields["method"]["exit_layer"] = 5
+        fields["layers"] = [layer - 1 for layer in fields["layers"]]
+
+    head = copied(heads, "early_exit", tmp_path)
+    alter_json(head / "head.json", change)
+    assert failed(verdicts(head, target)) == ["layer alignment"]
+
+
+@pytest.mark.parametrize("kind", ["dflash", "dspark"])
+def test_a_mask_token_that_was_replaced(
+    kind: str, heads: Callable[[str], Path], target: Target, tmp_path: Path
+) -> None:
+    head = copied(heads, kind, tmp_path)
+    alter_json(head / "head.json", lambda fields: fields["method"].update(mask_token_id=17))
+    checks = verdicts(head, target)
+    assert failed(checks) == ["tensors"] and "method.mask_token_id=17" in not_passed(checks)["tensors"]
+
+
+@pytest.mark.parametrize("kind", ["dflash", "p_eagle"])
+def test_another_mask_token(kind: str, heads: Callable[[str], Path], target: Target, tmp_path: Path) -> None:
+    """Nothing in the files says that it was trained with the token that its method takes where none is named."""
+    head = copied(heads, kind, tmp_path)
+    if kind == "p_eagle":
+        alter_json(head / "head.json", lambda fields: fields["method"].update(mask_token_id=40))
+    else:
+        alter_tensors(head, lambda tensors: tensors["mask_token"].fill_(40))
+    assert failed(verdicts(head, target)) == ["mask token"]
+
+
+def test_blocks_that_see_the_future(
+    heads: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = BlockHead.context
+
+    def leaking(self: BlockHead, features: Tensor, positions: Tensor) -> list[Tensor]:
+        return context(self, features + 0.3 * features.flip(0).cumsum(0).flip(0).roll(-1, 0), positions)
+
+    monkeypatch.setattr(BlockHead, "context", leaking)
+    assert "leak from the future" in failed(verdicts(heads("dflash"), target))
+
+
+def test_a_block_s_norm_left_out_where_it_drafts(
+    heads: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill = BlockDrafter._fill
+
+    def flagless(self: BlockDrafter, news: Any) -> Tensor:
+        kept = self.head.norm.weight.clone()
+        self.head.norm.weight.fill_(1)
+        out = fill(self, news)
+        self.head.norm.weight.copy_(kept)
+        return out
+
+    monkeypatch.setattr(BlockDrafter, "_fill", flagless)
+    checks = verdicts(heads("dspark"), target)
+    assert failed(checks) == ["norm weights"] and "norm.weight" in not_passed(checks)["norm weights"]
+
+
+def test_an_eagle_head_whose_layers_do_not_count_where_it_drafts(
+    heads: Callable[[str], Path], target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = FusedEagle1.__call__
+
+    def flat(self: FusedEagle1, *given: Any) -> Tensor:
+        return torch.zeros_like(step(self, *given))
+
+    monkeypatch.setattr(FusedEagle1, "__call__", flat)
+    assert failed(verdicts(heads("eagle"), target)) == ["norm weights"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,9 +14,11 @@ import torch
 from learning import learn_texts
 from parity_ladder import NEW, PROMPTS, climbed
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sstf.errors import HeadError
 from sstf.formats import Engine, engines_of, export_head, needs_target
+from sstf.heads import BlockHead, DominoHead, DSparkHead, Eagle1Head
 from sstf.methods import (
     DFlashConfig,
     DominoConfig,
@@ -26,8 +29,13 @@ from sstf.methods import (
     MedusaConfig,
     PEagleConfig,
 )
+from sstf.methods.base import TrainableMethod
+from sstf.methods.block import BlockDrafter
 from sstf.methods.checkpoint import read_head
+from sstf.methods.early_exit import EarlyExitDrafter
 from sstf.methods.medusa import MedusaDrafter, MedusaMethod
+from sstf.methods.p_eagle import PEagleDrafter
+from sstf.parity import ladder
 from sstf.parity.texts import write_texts
 from sstf.targets import Target
 from sstf.types import FeatureBatch, StepOutput
@@ -83,6 +91,92 @@ def test_a_drafter_that_reads_the_wrong_place(
     monkeypatch.setattr(MedusaDrafter, "propose", late)
     rung = climbed(heads("medusa"), tiny_target, engines=()).rungs[1]
     assert rung.name == "reloaded" and any("of its drafted tokens agree" in fault for fault in rung.faults)
+
+
+def rotated(self: BlockDrafter, news: Any) -> Tensor:
+    """Each draft from the place beside its own."""
+    return FILL(self, news).roll(1, 1)
+
+
+def another_mask(self: BlockHead, anchors: Tensor) -> Tensor:
+    masks = torch.full((*anchors.shape, self.shape.block_size - 1), 17)
+    return self.embed(torch.cat([anchors[..., None], masks], -1))
+
+
+def uncorrected(self: Any, hidden: Tensor, state: Tensor) -> Tensor:
+    """As if what was drafted before did not count."""
+    return torch.zeros_like(LOW_RANK[type(self)](self, hidden, state))
+
+
+def depths_rotated(self: PEagleDrafter, *given: Any) -> Tensor:
+    return TAKE_IN(self, *given).roll(1, 1)
+
+
+def one_place_late(self: Any, tokens: Tensor, g: Tensor) -> Tensor:
+    """Beside each token what belongs to the one after it."""
+    return READ(self, tokens, g.roll(1, -2))
+
+
+def exit_elsewhere(self: Any, rows: Any) -> None:
+    """What was remembered of the text, as if the layer above had been left."""
+    REMEMBER(self, [replace(one, features=one.features.flip(-1)) for one in rows])
+
+
+FILL, TAKE_IN, READ, REMEMBER = (
+    BlockDrafter._fill,
+    PEagleDrafter.take_in,
+    Eagle1Head.read,
+    EarlyExitDrafter._remember,
+)
+LOW_RANK: dict[Any, Any] = {DominoHead: DominoHead.low_rank, DSparkHead: DSparkHead.low_rank}
+
+
+@pytest.mark.parametrize(
+    ("kind", "place", "name", "fault"),
+    [
+        ("dflash", BlockDrafter, "_fill", rotated),
+        ("dflash", BlockHead, "block", another_mask),
+        ("domino", DominoHead, "low_rank", uncorrected),
+        ("dspark", DSparkHead, "low_rank", uncorrected),
+        ("dspark", BlockDrafter, "_fill", rotated),
+        ("p_eagle", PEagleDrafter, "take_in", depths_rotated),
+        ("eagle", Eagle1Head, "read", one_place_late),
+        ("early_exit", EarlyExitDrafter, "_remember", exit_elsewhere),
+    ],
+)
+def test_what_its_drafter_does_otherwise(
+    kind: str, place: Any, name: str, fault: Any, heads: Callable[[str], Path], tiny_target: Target,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Each method's own way to draft differently from what its loss trained."""
+    decoded = ladder.decoded
+
+    def faulty(*given: Any, **named: Any) -> Any:
+        with monkeypatch.context() as patch:
+            patch.setattr(place, name, fault)
+            form = decoded(*given, **named)
+            assert form.trace
+            traces = [form.trace(i) for i in range(PROMPTS)]
+        return replace(form, trace=traces.__getitem__)
+
+    monkeypatch.setattr(ladder, "decoded", faulty)
+    trainer, reloaded = climbed(heads(kind), tiny_target, engines=()).rungs
+    assert not trainer.faults and reloaded.faults, reloaded
+
+
+def test_an_export_with_another_mask_token(heads: Callable[[str], Path], tiny_target: Target, tmp_path: Path) -> None:
+    """Of P-EAGLE and DFlash it stands in the configuration alone."""
+    for kind, change in (
+        ("p_eagle", lambda fields: fields.update(pard_token=17)),
+        ("dflash", lambda fields: fields["dflash_config"].update(mask_token_id=17)),
+    ):
+        export_head(read_head(heads(kind)), "vllm", tmp_path / kind, frozen=tiny_target.frozen_head)
+        file = tmp_path / kind / "config.json"
+        fields = json.loads(file.read_text())
+        change(fields)
+        file.write_text(json.dumps(fields))
+        rung = climbed(heads(kind), tiny_target, exported=tmp_path / kind).rungs[-1]
+        assert rung.first_difference == "mask_token" and rung.faults, kind
 
 
 def test_a_loss_that_counts_other_chains(
