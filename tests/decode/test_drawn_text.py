@@ -81,7 +81,7 @@ class Found:
     accepted: float
 
 
-def texts(decoder: SpeculativeDecoder, tokens: int, slots: int = 32) -> Found:
+def texts(decoder: SpeculativeDecoder, tokens: int, slots: int = 64) -> Found:
     """About `tokens` tokens, in texts of `NEW`."""
     number = -(-tokens // NEW)
     params = [SamplingParams(TEMPERATURE, TOP_P, TOP_K, NEW, seed) for seed in range(number)]

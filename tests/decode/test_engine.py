@@ -379,7 +379,7 @@ def sampled(decoder: SpeculativeDecoder, draws: int) -> tuple[Tensor, float]:
     counts = torch.zeros(VOCAB, VOCAB, VOCAB, dtype=torch.float64)
     passes = 0
     params = [SamplingParams(TEMPERATURE, TOP_P, max_new_tokens=3, seed=seed) for seed in range(draws)]
-    for found in decoder.generate_batch([PROMPT] * draws, params, slots=32):
+    for found in decoder.generate_batch([PROMPT] * draws, params, slots=128):
         counts[tuple(found.token_ids)] += 1
         passes += len(found.accepted_lengths)
     return counts, 2 * draws / passes

@@ -59,17 +59,18 @@ def test_the_text_is_the_same(
         sizes.add(args[-1].shape[1])
         return replayed(self, *args)
 
+    some = expected[:12]
     head = random_head(tiny_target)
     eager = SpeculativeDecoder(tiny_target, head, policy)
-    made = [eager.generate(prompt, 13) for prompt, _ in expected]
+    made = [eager.generate(prompt, 13) for prompt, _ in some]
     monkeypatch.setattr(Passes, "__init__", with_graphs)
     monkeypatch.setattr(Passes, "_replayed", watched)
     decoder = SpeculativeDecoder(tiny_target, head, policy)
     assert isinstance(decoder.drafter, FeedbackDrafter)
     decoder.drafter.graphs = GraphRunner(CPU)
-    found = [decoder.generate(prompt, 13) for prompt, _ in expected]
-    assert [f.token_ids for f in found] == [answer for _, answer in expected]
+    found = [decoder.generate(prompt, 13) for prompt, _ in some]
+    assert [f.token_ids for f in found] == [answer for _, answer in some]
     assert [f.accepted_lengths for f in found] == [m.accepted_lengths for m in made]  # the drafts are the same too
-    batch = decoder.generate_batch([prompt for prompt, _ in expected], SamplingParams(max_new_tokens=13), slots=5)
-    assert [f.token_ids for f in batch] == [answer for _, answer in expected]
+    batch = decoder.generate_batch([prompt for prompt, _ in some], SamplingParams(max_new_tokens=13), slots=5)
+    assert [f.token_ids for f in batch] == [answer for _, answer in some]
     assert sizes and sizes <= set(ROWS)

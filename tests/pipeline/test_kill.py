@@ -26,7 +26,7 @@ TIMEOUT_S = 120.0
 LONGER = {
     "data.answers.max_new_tokens": 40,
     "train.precision": "bf16",
-    "train.steps": 60,
+    "train.steps": 45,
     "train.checkpoint_every": 5,
     "train.validate_every": 15,
     "eval.repeats": 12,
@@ -57,9 +57,8 @@ def checkpoints(at_least: int) -> Callable[[Path], bool]:
 POINTS = [
     Point("data", exists("answers-00000.jsonl"), exists("tokens.json")),
     Point("extract", exists("shard-00000.json"), exists("manifest.json")),
-    Point("train", checkpoints(5), exists("done.json")),
     # Between two checkpoints, so that steps and log lines are lost and made again.
-    Point("train", lambda folder: checkpoints(25)(folder) and last_logged_step(folder) % 5 >= 2, exists("done.json")),
+    Point("train", lambda folder: checkpoints(15)(folder) and last_logged_step(folder) % 5 >= 2, exists("done.json")),
     Point("eval", exists("config.yaml"), exists("done.json")),
     Point("export", exists("config.yaml"), lambda folder: False),  # it takes milliseconds: in it or just after it
 ]

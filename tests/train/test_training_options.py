@@ -82,11 +82,17 @@ def test_averaged_weights_resume_to_the_bit(store: FeatureStore, tmp_path: Path)
 # ---- where a training begins -----------------------------------------------------------------------------------------
 
 
-def test_a_warm_start_begins_where_the_head_ended(store: FeatureStore, tmp_path: Path) -> None:
-    train(store, tmp_path / "first", train_config(steps=60, validate_every=20, checkpoint_every=60))
-    published = tmp_path / "first" / "head"
-    said = read_head(published).run
-    config = train_config(warm_start=published, optimizer={"learning_rate": 1e-9})
+@pytest.fixture(scope="module")
+def trained(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A head that knows something. Read only."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(store, folder, train_config(steps=60, validate_every=20, checkpoint_every=60))
+    return folder / "head"
+
+
+def test_a_warm_start_begins_where_the_head_ended(store: FeatureStore, trained: Path, tmp_path: Path) -> None:
+    said = read_head(trained).run
+    config = train_config(warm_start=trained, optimizer={"learning_rate": 1e-9})
     train(store, tmp_path / "second", config)
     first = next(row for row in metrics(tmp_path / "second") if row["step"] == 0)
     for name in ("val/simulated_accepted_length", "val/accuracy/0", "val/overlap/0", "val/loss/2"):
@@ -96,12 +102,11 @@ def test_a_warm_start_begins_where_the_head_ended(store: FeatureStore, tmp_path:
 
 @pytest.mark.parametrize("engine", ["vllm", "sglang", "speculators"])
 def test_a_published_head_is_trained_further_from_what_it_was(
-    store: FeatureStore, tiny_target: Target, tmp_path: Path, engine: Engine
+    store: FeatureStore, trained: Path, tiny_target: Target, tmp_path: Path, engine: Engine
 ) -> None:
     """The acceptance of step 0 is that of the head, simulated and decoded; nothing but its rounding to bf16 is lost."""
-    train(store, tmp_path / "first", train_config(steps=60, validate_every=20, checkpoint_every=60))
-    said = read_head(tmp_path / "first" / "head").run
-    export_head(read_head(tmp_path / "first" / "head"), engine, tmp_path / "published")
+    said = read_head(trained).run
+    export_head(read_head(trained), engine, tmp_path / "published")
     real = RealDecodeConfig(every=12, prompts=3, max_new_tokens=16)
     config = train_config(warm_start=tmp_path / "published", optimizer={"learning_rate": 1e-9}, real_decode=real)
     decode = RealDecode(tiny_target, METHOD.ttt_steps, real)

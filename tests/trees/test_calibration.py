@@ -134,7 +134,7 @@ def distance(calibration: PathCalibration, truth: float, generator: torch.Genera
     return float(torch.stack(raw).mean()), float(torch.stack(calibrated).mean())
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("truth", (3.0, 0.3))
 def test_a_wrong_head_is_corrected_and_drift_followed(truth: float, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
