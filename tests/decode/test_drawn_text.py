@@ -168,7 +168,7 @@ def test_a_hundred_thousand_draws(markov: Target) -> None:
     check(found, transitions(markov))
 
 
-@pytest.mark.parametrize("name", ["chain-iid", "tree-without-replacement", "dynamic"])
+@pytest.mark.parametrize("name", ["chain-iid", "tree-without-replacement"])
 @pytest.mark.parametrize(
     "config", [EagleConfig(), Eagle3Config(layers=(0,), num_layers=2), PEagleConfig(layers=(0,), depth=3)],
     ids=["eagle", "eagle3-2-layers", "p_eagle"],

@@ -348,7 +348,7 @@ def test_block_verification_never_accepts_less(length: int) -> None:
 @pytest.mark.parametrize("name", ["pair", "fork", "two-chains", "lopsided"])
 def test_traversal_never_accepts_less(name: str, replacement: bool) -> None:
     gains = []
-    for seed in range(7):
+    for seed in range(4):
         target = toy(seed, 3, zeros=seed % 3 == 0)
         trees = trees_of(near(target, seed + 100, (seed % 4) / 4), SHAPES[name], replacement)
         single, whole = (
@@ -544,7 +544,6 @@ def test_statistics_tell_right_from_subtly_wrong(seed: int, draws: int) -> None:
     [
         (verify_block, "block-residual-not-scaled", chain(2), True),
         (traversal(True), "traversal-residual_not_scaled-iid", TWO_CHAINS, True),
-        (traversal(False), "traversal-residual_not_scaled-without", TWO_CHAINS, False),
         (traversal(False), "traversal-one-number-without", TWO_CHAINS, False),
         (sampled(False), "sampled-one-number-without", TWO_CHAINS, False),
     ],

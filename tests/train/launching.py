@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -19,10 +20,14 @@ ARGUMENTS = {"ddp": ["--config_file", str(CPU_2)], "fsdp2": ["--config_file", st
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:
+    return start_python("-m", "accelerate.commands.launch", *arguments)
+
+
+def start_python(*arguments: str) -> subprocess.Popen[str]:
     paths = [str(ROOT), str(Path(__file__).parent)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     return subprocess.Popen(
-        [sys.executable, "-m", "accelerate.commands.launch", *arguments],
+        [sys.executable, *arguments],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -37,6 +42,19 @@ def finish(process: subprocess.Popen[str], timeout: float = 240) -> subprocess.C
     finally:
         process.kill()
     return subprocess.CompletedProcess(process.args, process.returncode, stdout, stderr)
+
+
+def launcher_environments(folder: Path) -> dict[str, dict[str, str]]:
+    """What the launcher really says to its processes, given the ready configuration of each kind."""
+    files = {kind: folder / f"{kind}.said" for kind in ("ddp", "fsdp2", "zero2")}
+    asked = folder / "asked.json"
+    asked.write_text(json.dumps({str(file): ARGUMENTS[kind] for kind, file in files.items()}), encoding="utf-8")
+    done = finish(start_python(str(Path(__file__).with_name("launcher_environment.py")), str(asked)))
+    assert done.returncode == 0, done.stderr[-3000:]
+    out: dict[str, dict[str, str]] = {k: json.loads(file.read_text(encoding="utf-8")) for k, file in files.items()}
+    for kind in ("zero1", "zero3"):  # the slow tier launches them too
+        out[kind] = out["zero2"] | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO[kind])}
+    return out
 
 
 def launch(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -17,6 +17,7 @@ from sstf.methods.checkpoint import read_head
 from sstf.pipeline import load_run
 
 
+@pytest.mark.slow  # `test_parallel` shows it step by step, and the training stage is below
 def test_two_processes_train_the_same_head_as_one(store: FeatureStore, tmp_path: Path) -> None:
     config = train_config(step_tokens=128)
     one, two, resumed = (tmp_path / name for name in ("one", "two", "resumed"))
@@ -49,6 +50,7 @@ def test_two_processes_train_the_same_head_as_one(store: FeatureStore, tmp_path:
     assert chosen[0] == chosen[1]
 
 
+@pytest.mark.slow  # `test_parallel` refuses what such a launch says
 def test_a_launch_that_falls_back_to_one_process_is_refused(tmp_path: Path) -> None:
     """`--cpu --num_processes 2` starts one process and says nothing."""
     config = tmp_path / "run.yaml"

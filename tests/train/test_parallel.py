@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from launching import ARGUMENTS, ZERO, finish, launch, start
+from launching import ARGUMENTS, finish, launcher_environments, start
 from parallel_steps import CLIP, Bench
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -51,16 +51,7 @@ def alone(store: FeatureStore) -> Alone:
 
 @pytest.fixture(scope="module")
 def environments(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
-    """What the launcher really says to its processes, given the ready configuration of each kind."""
-    folder, out = tmp_path_factory.mktemp("environments"), {}
-    for kind in ("ddp", "fsdp2", "zero2"):
-        file = folder / f"{kind}.json"
-        done = launch(*ARGUMENTS[kind], str(HERE / "launcher_environment.py"), str(file))
-        assert done.returncode == 0, done.stderr[-3000:]
-        out[kind] = json.loads(file.read_text(encoding="utf-8"))
-    for kind in ("zero1", "zero3"):  # the slow tier launches them too
-        out[kind] = out["zero2"] | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(ZERO[kind])}
-    return out
+    return launcher_environments(tmp_path_factory.mktemp("environments"))
 
 
 class Results:
