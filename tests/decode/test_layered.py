@@ -319,7 +319,7 @@ def test_a_drafter_without_passes_is_refused(tiny_target: Target) -> None:
 VOCAB = 5
 START = [3, 1, 4]
 WARP = (1.1, 0.95, 4)  # temperature, top-p, top-k
-TEXT = 160
+TEXT = 80
 
 
 @pytest.fixture
@@ -359,7 +359,7 @@ def drawn(target: Target, policy: AnyPolicy, threshold: float, tokens: int = 3_0
     each = [SamplingParams(*WARP, TEXT, seed) for seed in range(number)]
     counts = torch.zeros(VOCAB**3, VOCAB, dtype=torch.float64)
     lengths: list[int] = []
-    for found in decoder.generate_batch([START] * number, each, 32):
+    for found in decoder.generate_batch([START] * number, each, 75):
         text = torch.tensor([*START, *found.token_ids])
         before = text[:-3] * VOCAB**2 + text[1:-2] * VOCAB + text[2:-1]
         counts.index_put_((before, text[3:]), torch.ones(TEXT, dtype=torch.float64), accumulate=True)
