@@ -64,10 +64,10 @@ def ready(tiny_target_folder: Path, tmp_path: Path) -> Path:
     return config
 
 
-def sstf_train(config: Path, *overrides: str) -> subprocess.Popen[str]:
+def sstf_train(config: Path) -> subprocess.Popen[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
-        [sys.executable, "-m", "sstf", "train", str(config), *overrides],
+        [sys.executable, "-m", "sstf", "train", str(config)],
         cwd=ROOT,
         env=environment,
         stdout=subprocess.PIPE,
@@ -92,10 +92,10 @@ def wait_for(run: Run, step: int, process: subprocess.Popen[str]) -> None:
         time.sleep(0.01)
 
 
-def result(run: Run, steps: int = STEPS) -> tuple[bytes, bytes]:
+def result(run: Run) -> tuple[bytes, bytes]:
     """What a training leaves: the kept head, and the last weights."""
     folder = run.folder("train")
-    last = folder / "checkpoints" / f"step-{steps:08d}" / "head.safetensors"
+    last = folder / "checkpoints" / f"step-{STEPS:08d}" / "head.safetensors"
     return (folder / "head" / "head.safetensors").read_bytes(), last.read_bytes()
 
 
@@ -121,8 +121,7 @@ def test_sigterm_saves_and_ends_with_0(ready: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_random_moments(ready: Path, tmp_path: Path) -> None:
     """`kill -9` and SIGTERM by turns, wherever the training is; the head is that of a run that nobody disturbed."""
-    longer = f"train.steps={LONG}"
-    run, moments = load_run(ready, [longer], NoProgress()), random.Random(3)
+    run, moments = load_run(ready, [], NoProgress()), random.Random(3)
     for kill in range(6):
         process, before = sstf_train(ready), step_of(run)
         wait_for(run, min(before + moments.randrange(5, 30), STEPS - 20), process)
@@ -131,9 +130,9 @@ def test_killed_at_random_moments(ready: Path, tmp_path: Path) -> None:
         assert finish(process, 60).returncode == (-signal.SIGKILL if kill % 2 else 0)
     assert run.summary("train") is None
     run.up_to("train")
-    undisturbed = load_run(ready, [longer, f"output_dir={tmp_path / 'undisturbed'}"], NoProgress())
+    undisturbed = load_run(ready, [f"output_dir={tmp_path / 'undisturbed'}"], NoProgress())
     undisturbed.up_to("train")
-    assert result(run, LONG) == result(undisturbed, LONG)
+    assert result(run) == result(undisturbed)
 
 
 def test_sigterm_to_two_processes(ready: Path) -> None:
@@ -152,8 +151,9 @@ def test_sigterm_to_two_processes(ready: Path) -> None:
     assert int(saved.name[5:]) == step_of(run) < STEPS
 
 
-@pytest.mark.slow  # `test_distributed` and `test_parallel` show the ways there and back apart
-@pytest.mark.parametrize("kind", ["fsdp2", "ddp", "zero3"])
+@pytest.mark.parametrize(
+    "kind", ["fsdp2", pytest.param("ddp", marks=pytest.mark.slow), pytest.param("zero3", marks=pytest.mark.slow)]
+)
 def test_one_process_then_two_then_one(store: FeatureStore, tmp_path: Path, kind: str) -> None:
     """Elastic: the head is that of one process all along."""
     config = train_config(step_tokens=128)
