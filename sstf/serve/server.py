@@ -14,6 +14,7 @@ import uvicorn
 from rich.console import Console
 from rich.text import Text
 
+from sstf.cores import leave_cores_to_others
 from sstf.errors import ConfigError
 from sstf.opening import open_decoder
 from sstf.serve.app import make_app
@@ -47,6 +48,7 @@ def serve(
         SstfError: an option, the head or the target cannot be used, or the address is taken.
     """
     keys = read_keys(config)
+    leave_cores_to_others()  # to the worker, which decodes
     listening = listen(config)  # before the minutes that loading may take
     with listening:
         with err.status(Text("loading")) if err.is_terminal else nullcontext():
