@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,22 @@ def flops_of_a_step(kind: str, store: FeatureStore, args: argparse.Namespace) ->
     return int(counter.get_total_flops())
 
 
-def train(kind: str, budget: str, steps: int, store: FeatureStore, args: argparse.Namespace, lines: Lines) -> None:
-    if lines.find(bench="training", method=kind, budget=budget):
+def folder_of(kind: str, steps: int, args: argparse.Namespace) -> Path:
+    return Path(args.out) / "heads" / f"{kind}-{steps}"
+
+
+def train(kind: str, steps: int, store: FeatureStore, args: argparse.Namespace, lines: Lines) -> None:
+    if lines.find(bench="training", method=kind, steps=steps):
         return
-    folder = args.out / "heads" / f"{kind}-{budget}"
+    folder = folder_of(kind, steps, args)
     trainer = trainer_of(kind, store, steps, folder, args)
     parameters = sum(p.numel() for p in trainer.module.head.parameters())
     started, before = time.perf_counter(), time.process_time()
-    summary = trainer.run(NoProgress(), f"{kind}-{budget}", {})
+    summary = trainer.run(NoProgress(), folder.name, {})
     cpu_seconds = time.process_time() - before
     lines.add(
         bench="training",
         method=kind,
-        budget=budget,
         settings=trainer.method_config.model_dump(mode="json"),
         parameters=parameters,
         steps=steps,
@@ -180,11 +183,11 @@ def steps_of(budget: str, kind: str, store: FeatureStore, args: argparse.Namespa
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
 
-def decode(target: Target, budget: str, kinds: Sequence[str], args: argparse.Namespace, lines: Lines) -> None:
+def decode(target: Target, budget: str, steps: Mapping[str, int], args: argparse.Namespace, lines: Lines) -> None:
     """All heads of a budget, interleaved, so that a change of the machine's speed hits all alike."""
     if lines.find(bench="decoding", budget=budget):
         return
-    heads = {kind: load_head(args.out / "heads" / f"{kind}-{budget}" / "head", target) for kind in kinds}
+    heads = {kind: load_head(folder_of(kind, own, args) / "head", target) for kind, own in steps.items()}
     heads |= {"suffix": DraftHead("suffix", build_method(SuffixConfig()))}
     config = EvalConfig(
         prompts=args.prompts, max_new_tokens=args.max_new_tokens, repeats=args.repeats, policies=POLICIES
@@ -209,7 +212,7 @@ def figures(row: Row) -> dict[str, Any]:
 # ---- what is read ----------------------------------------------------------------------------------------------------
 
 
-def table(lines: Lines, budget: str) -> str:
+def table(lines: Lines, budget: str, steps: Mapping[str, int]) -> str:
     """Markdown: a row a method, accepted length (interval) and speedup by temperature and policy."""
     columns = [(temperature, policy) for temperature in (0.0, 1.0) for policy in POLICIES]
     head = ["method", "parameters", "steps", "training tokens / CPU s", "ms a draft, chain 4"]
@@ -219,7 +222,7 @@ def table(lines: Lines, budget: str) -> str:
     for method in dict.fromkeys(row["method"] for row in rows):
         # Plain decoding and prompt lookup have one way to draft, which stands in the first column.
         own = {(row["temperature"], row["policy"] or "chain 4"): row for row in rows if row["method"] == method}
-        made = lines.find(bench="training", method=method, budget=budget)
+        made = lines.find(bench="training", method=method, steps=steps.get(method))
         cells = [method, *(["–"] * 3)]
         if made:
             cells[1:] = [
@@ -292,14 +295,18 @@ def main() -> None:
     if not lines.find(bench="machine"):
         lines.add(bench="machine", target=args.target, dtype=target.spec.dtype, **hardware())
     store = features(target, args.methods, args, progress)
-    for budget in args.budgets:
-        for kind in args.methods:
-            train(kind, budget, steps_of(budget, kind, store, args, lines), store, args, lines)
-    for budget in args.budgets:
-        decode(target, budget, args.methods, args, lines)
-        (args.out / f"table-{budget}.md").write_text(table(lines, budget) + "\n")
+    steps = {
+        budget: {kind: steps_of(budget, kind, store, args, lines) for kind in args.methods} for budget in args.budgets
+    }
+    for own in steps.values():
+        for kind, number in own.items():
+            train(kind, number, store, args, lines)
+    for budget, own in steps.items():
+        decode(target, budget, own, args, lines)
+        made = table(lines, budget, own)
+        (args.out / f"table-{budget}.md").write_text(made + "\n")
         pareto(lines, budget, args.out / f"pareto-{budget}.svg")
-        print(table(lines, budget))
+        print(made)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,11 @@ def _less(plan: Plan, config: RunConfig, stage: str) -> str:
     # The trainer has already taken the smallest micro-batch where it was free to.
     smaller = "data.max_length, method.ttt_steps or method.draft_vocab_size"
     training = smaller if config.train.batch_tokens == "auto" else "train.batch_tokens"
-    setting = {"extraction": "extract.batch_tokens and extract.shard_tokens", "training": training}
+    setting = {
+        "extraction": "extract.batch_tokens and extract.shard_tokens",
+        "training": training,
+        "rollouts": "on_policy.slots",
+    }
     return f"lower {setting.get(stage, 'eval.max_new_tokens')}, or take a device with more memory"
 
 

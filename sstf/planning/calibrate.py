@@ -29,18 +29,20 @@ from sstf.features.shards import threads_for
 from sstf.methods import DraftMethod, TrainableMethod
 from sstf.methods.checkpoint import DraftHead
 from sstf.planning.interval import Interval, mean_length
-from sstf.planning.volume import Look, volume
+from sstf.planning.volume import Look, sketch_of, volume
 from sstf.targets import Target
 from sstf.targets.sampling import BatchSampler
+from sstf.train.on_policy import roll_out
 from sstf.train.trainer import Trainer
 from sstf.types import Message, Sampled, SamplingParams, TokenSample
 
 SECONDS = 20.0
 # How the time is divided between the stages that are measured.
-SHARES = {"regeneration": 8.0, "extraction": 4.0, "training": 5.0, "evaluation": 3.0}
+SHARES = {"regeneration": 8.0, "extraction": 4.0, "training": 5.0, "rollouts": 3.0, "evaluation": 3.0}
 WARM_UP_TOKENS = 256
 PACKED_TOKENS = 1024
 EVALUATED_TOKENS = 8
+ROLLED_OUT_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Calibration:
     packed: dict[str, float] = field(default_factory=dict)  # share that zstd leaves, by codec
     training: Rate | None = None  # tokens
     validation: Rate | None = None  # tokens
+    rollouts: Rate | None = None  # tokens, with all slots and hardly a draft accepted
     passes: dict[str, float] = field(default_factory=dict)  # seconds a verify pass with its drafting, by arm
     seconds: float = 0.0
 
@@ -124,6 +127,8 @@ def calibrate(
             found = replace(found, training=measure_training(trainer, share["training"]))
             found = replace(found, validation=measure_validation(trainer))
             head = DraftHead("calibration", method, trainer.module.head.to(target.device, target.dtype).eval())
+        if "rollouts" in needed:
+            found = replace(found, rollouts=measure_rollouts(config, target, head, rows, share["rollouts"]))
         if "evaluation" in needed:
             found = replace(found, passes=measure_passes(config, target, head))
     return replace(found, seconds=time.perf_counter() - started)
@@ -284,6 +289,30 @@ def measure_validation(trainer: Trainer) -> Rate | None:
     trainer.validate()
     tokens = sum(trainer.source.lengths[i] for i in trainer.held_out)
     return Rate(tokens, time.perf_counter() - started)
+
+
+def measure_rollouts(
+    config: RunConfig, target: Target, head: DraftHead, rows: Sequence[TokenSample], seconds: float
+) -> Rate | None:
+    """Tokens that rollouts with all slots emit, by the phase itself; None where no row has a prompt."""
+    how = config.on_policy
+    assert how is not None
+    starts = [(row, sketch_of(row).contexts[0]) for row in rows if any(row.loss_mask)]
+    room = target.context - how.max_new_tokens
+    prompts = [TokenSample(row.id, row.input_ids[:n], [False] * n) for row, n in starts if 0 < n <= room]
+    if not prompts:
+        return None
+    prompts = [prompts[i % len(prompts)] for i in range(how.slots)]
+
+    def run(tokens: int) -> Rate:
+        few = how.model_copy(update={"max_new_tokens": tokens})
+        started = time.perf_counter()
+        made = roll_out(target, head, prompts, how.depth or head.method.positions, few, 0, NoProgress())
+        return Rate(sum(sum(one.sample.loss_mask) for one in made), time.perf_counter() - started)
+
+    first = run(min(ROLLED_OUT_TOKENS, how.max_new_tokens))
+    longer = int(ROLLED_OUT_TOKENS * (seconds - first.seconds) / first.seconds)
+    return run(min(longer, how.max_new_tokens)) if longer > ROLLED_OUT_TOKENS else first
 
 
 def measure_passes(config: RunConfig, target: Target, head: DraftHead) -> dict[str, float]:

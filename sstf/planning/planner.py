@@ -63,7 +63,7 @@ def make_plan(run: Run, progress: Progress, measure: bool = True, seconds: float
     before = resident_memory() if device.type == "cpu" else 0
     shape = outline(config.target)
     layers = len(method.feature_spec(shape.spec).layers)
-    done = {stage for stage in ("data", "extract", "train", "eval") if run.summary(stage) is not None}
+    done = {stage for stage in run.stages if run.summary(stage) is not None}
     with progress.start("looking at the data", 1, "source") as bar:
         seen, data = _data(run, shape, "data" in done)
         bar.advance(1)
@@ -153,11 +153,17 @@ def _writes_here(config: RunConfig) -> bool:
     return isinstance(config.data.answers, RegenerateAnswers) and isinstance(config.data.answers.engine, InProcess)
 
 
+def _second(run: Run) -> set[str]:
+    """The on-policy stage, if the run has one."""
+    return {"on_policy"} & set(run.stages)
+
+
 def _to_measure(run: Run, done: set[str]) -> list[str]:
     wanted = {
         "regeneration": run.trains and _writes_here(run.config) and "data" not in done,
         "extraction": run.trains and not run.online and "extract" not in done,
-        "training": run.trains and "train" not in done,
+        "training": run.trains and bool({"train", *_second(run)} - done),
+        "rollouts": bool(_second(run) - done),
         "evaluation": "eval" not in done,
     }
     if wanted["training"] and not run.online:
@@ -189,13 +195,13 @@ def _disk(
             texts = Interval.exact(TEXT_COPIES * data.text_bytes_each * data.conversations)
             text = tokens.times(5) + texts + written
         parts.append(DiskPart("conversations and tokens", text))
+    size = next((f.bytes_per_token for f in forms if (f.codec, f.teacher, f.compression) == chosen), None)
+    # Where compression was not measured, it is taken to save nothing.
+    each = size or next(
+        f.bytes_per_token or 0.0 for f in forms if (f.codec, f.teacher, f.compression) == (*chosen[:2], "none")
+    )
     if "extract" not in done and not run.online:
-        size = next((f.bytes_per_token for f in forms if (f.codec, f.teacher, f.compression) == chosen), None)
-        # Where compression was not measured, it is taken to save nothing.
-        each = size or next(
-            f.bytes_per_token for f in forms if (f.codec, f.teacher, f.compression) == (*chosen[:2], "none")
-        )
-        parts.append(DiskPart("features", tokens.times(each or 0.0) if tokens else None))
+        parts.append(DiskPart("features", tokens.times(each) if tokens else None))
         parts.append(DiskPart("frozen parts of the target", Interval.exact(frozen_bytes(shape.frozen))))
     if "train" not in done:
         parameters = sizes.parameters_of(head)
@@ -204,6 +210,13 @@ def _disk(
         parts.append(DiskPart(f"checkpoints ({count})", Interval.exact(count * sizes.checkpoint_bytes(parameters))))
         exported = 4 + 2 * len(config.export.chosen(config.method.kind))
         parts.append(DiskPart("head, and its exports", Interval.exact(exported * parameters)))
+    if _second(run) - done and config.on_policy is not None:
+        rounds, played = config.on_policy.rounds, _played(run, data)
+        if not run.online:
+            parts.append(DiskPart("features of rollouts", played.times(each) if played else None))
+        parameters = sizes.parameters_of(head)
+        kept = (config.train.keep_last + 1) * sizes.checkpoint_bytes(parameters) + 4 * parameters
+        parts.append(DiskPart(f"checkpoints and heads of rounds ({rounds})", Interval.exact(rounds * kept)))
     return parts
 
 
@@ -228,11 +241,16 @@ def _memory(
         if "extract" not in done and not run.online:
             threads = threads_for(device.type)
             found.append(sizes.extraction(spec, shape.parameters, layers, rows, config.extract.shard_tokens, threads))
-        if "train" not in done:
+        if {"train", *_second(run)} - done:  # a round of the second phase trains as the first one did
             stage = _training(run, shape, head, data, device, free)
             if run.online:
                 stage = sizes.with_target(stage, spec, shape.parameters, rows, layers)
             found.append(stage)
+        if _second(run) - done and config.on_policy is not None:
+            how, own = config.on_policy, sizes.parameters_of(head)
+            depth = how.depth or run.method.positions
+            capacity = min(data.longest + how.max_new_tokens, spec.max_position_embeddings)
+            found.append(sizes.rollouts(spec, shape.parameters, own, how.slots, capacity, depth + 1))
     if "eval" not in done:
         parameters = sizes.parameters_of(head) if head is not None else 0
         found.append(sizes.evaluation(spec, shape.parameters, parameters, config.eval.max_new_tokens + 256))
@@ -284,6 +302,8 @@ def _times(run: Run, data: Volume | None, measured: Calibration | None, done: se
         if not run.online:
             found.append(_extract_time(run, data, figures))
         found.append(_train_time(run, data, figures))
+        if _second(run):
+            found.append(_on_policy_time(run, data, figures))
     found.append(_eval_time(run, figures))
     return [StageTime(t.stage, "done", "", Interval.exact(0.0)) if t.stage in done else t for t in found]
 
@@ -330,6 +350,46 @@ def _train_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
         passes = math.ceil(steps / config.validate_every)
         seconds = seconds + Interval.exact(passes * held_out / measured.validation.per_second)
     return StageTime("train", work, f"{rate:,.0f} tokens/s", seconds.times(1 / 3600))
+
+
+def _on_policy_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
+    how, config, texts = run.config.on_policy, run.config.train, _texts(run, data)
+    assert how is not None
+    tokens = how.steps * config.step_tokens
+    work = (
+        f"{how.rounds} x ({how.conversations:,} rollouts, {how.steps:,} steps of up to {config.step_tokens:,} tokens)"
+    )
+    if measured.training is None or measured.rollouts is None or texts is None:
+        return StageTime("on_policy", work, "not measured", None)
+    # Accepted drafts shorten the rollouts; by how much is not known yet.
+    written = Interval(0.0, texts.high / measured.rollouts.per_second)
+    seconds = written + Interval.exact(tokens / measured.training.per_second)
+    if measured.extraction is not None and not run.online and (played := _played(run, data)):
+        seconds = seconds + played.times(1 / how.rounds / measured.extraction.per_second)
+    if measured.validation is not None:
+        held_out = config.validation_conversations * data.tokens_each.middle
+        passes = math.ceil(how.steps / config.validate_every) + 1
+        seconds = seconds + Interval.exact(passes * held_out / measured.validation.per_second)
+    rate = f"at most; {measured.rollouts.per_second:,.0f} tokens/s of rollouts"
+    return StageTime("on_policy", work, rate, seconds.times(how.rounds / 3600))
+
+
+def _texts(run: Run, data: Volume) -> Interval | None:
+    """Tokens that a round's rollouts emit: between the length of answers that the data has, and all that is allowed."""
+    how = run.config.on_policy
+    if how is None or data.conversations is None:
+        return None
+    most = how.max_new_tokens
+    return Interval(min(most, data.trained_each.low), most).times(min(how.conversations, data.conversations))
+
+
+def _played(run: Run, data: Volume) -> Interval | None:
+    """Tokens of all rounds' rollouts with their prompts."""
+    how, texts = run.config.on_policy, _texts(run, data)
+    if how is None or texts is None or data.conversations is None:
+        return None
+    prompt = data.tokens_each.middle - data.trained_each.middle
+    return (texts + Interval.exact(prompt * min(how.conversations, data.conversations))).times(how.rounds)
 
 
 def _eval_time(run: Run, measured: Calibration) -> StageTime:

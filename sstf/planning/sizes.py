@@ -12,6 +12,7 @@ Symbols: H hidden size, V vocabulary.
   times while it is written; the larger of a batch's activations and 12 bytes x V x 256 rows.
 - Training, without the target: see `train.memory`, which the trainer chooses its sizes by.
 - Evaluation: the target; the head in the target's dtype; keys and values of one row.
+- Rollouts of an on-policy phase: the same, of `slots` rows.
 
 A target's activations are taken as 4 bytes x (8 H + 3 x intermediate size) a token.
 """
@@ -154,6 +155,30 @@ def evaluation(spec: TargetSpec, parameters: int, head_parameters: int, capacity
             Part("head", head_parameters * dtype_size(spec)),
             Part("keys and values", cache_bytes(spec, 1, capacity)),
             Part("passes", capacity * _target_activation(spec)),
+            WORK_SPACE,
+        ),
+    )
+
+
+def rollouts(
+    spec: TargetSpec, parameters: int, head_parameters: int, slots: int, capacity: int, rows: int
+) -> StageMemory:
+    """Args:
+    spec: of the target.
+    parameters: of the target.
+    head_parameters: of the head, which is in the target's dtype.
+    slots: sequences decoded at once.
+    capacity: tokens a sequence may have.
+    rows: of a verify pass over one sequence.
+    """
+    passes = max(capacity * _target_activation(spec), slots * rows * spec.vocab_size * 4)
+    return StageMemory(
+        "rollouts",
+        (
+            Part("weights", weight_bytes(spec, parameters)),
+            Part("head", head_parameters * dtype_size(spec)),
+            Part(f"keys and values, {slots} x {capacity} tokens", cache_bytes(spec, slots, capacity)),
+            Part("passes", passes),
             WORK_SPACE,
         ),
     )

@@ -29,7 +29,6 @@ from sstf.methods import (
     MedusaConfig,
     PEagleConfig,
 )
-from sstf.methods.base import TrainableMethod
 from sstf.methods.block import BlockDrafter
 from sstf.methods.checkpoint import read_head
 from sstf.methods.early_exit import EarlyExitDrafter

@@ -115,6 +115,10 @@ def test_without_calibration_the_weights_stay_where_they_are(
         ({"extract__codec": "int8", "extract__compression": "zstd"}, ["data", "extract", "train", "eval"]),
         ({"extract__teacher": {"kind": "topk", "k": 8}}, ["data", "extract", "train", "eval"]),
         ({"method": {"kind": "ngram"}, "eval__policies": None}, ["eval"]),
+        (
+            {"on_policy": {"rounds": 2, "conversations": 4, "max_new_tokens": 8, "slots": 2, "steps": 3}},
+            ["data", "extract", "train", "on_policy", "eval"],
+        ),
         ({"train__steps": None, "train__epochs": 2, "train__validation_conversations": 0}, None),
     ],
 )
@@ -134,6 +138,27 @@ def test_every_kind_of_run(changes: dict[str, Any], stages: list[str] | None, wr
     out = StringIO()
     print_plan(plan, Console(width=80, file=out))
     assert max(len(line) for line in out.getvalue().splitlines()) <= 80
+
+
+def test_a_second_phase_is_counted(finished: Path) -> None:
+    """Where the training is done, rollouts, their features and the steps on them are what is left."""
+    section = ["rounds=2", "conversations=4", "max_new_tokens=8", "slots=2", "steps=3"]
+    plan = plan_of(finished, *(f"on_policy.{one}" for one in section))
+    done = {t.stage: t.work == "done" for t in plan.times}
+    assert done == {"data": True, "extract": True, "train": True, "on_policy": False, "eval": False}
+    hours = next(t.hours for t in plan.times if t.stage == "on_policy")
+    found = plan.calibration
+    assert hours is not None and found is not None and found.rollouts is not None and found.training is not None
+    steps_s = 2 * 3 * open_run(finished).config.train.step_tokens / found.training.per_second
+    assert steps_s < hours.low * 3600 < hours.high * 3600
+    assert hours.high - hours.low > 0.9 * 2 * 4 * 8 / found.rollouts.per_second / 3600  # at most eight tokens a text
+    assert [m.stage for m in plan.memory] == ["training", "rollouts", "evaluation"]
+    features = next(part.bytes for part in plan.disk if part.name == "features of rollouts")
+    kept, texts = open_run(finished).folder("extract"), TokenStore(open_run(finished).folder("data")).read()
+    stored = sum(file.stat().st_size for file in kept.glob("shard-*.safetensors"))
+    each = stored / sum(len(s.input_ids) for s in texts)
+    prompts = sum(s.loss_mask.index(True) for s in texts) / len(texts)
+    assert features is not None and 0.5 < features.high / (each * 2 * 4 * (prompts + 8)) < 2
 
 
 @pytest.mark.parametrize(
