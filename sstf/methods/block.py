@@ -24,7 +24,7 @@ from sstf.features.spec import FeatureSpec
 from sstf.heads import BlockHead, BlockShape
 from sstf.losses import CHUNK, Added, CrossEntropy, Distilled, Exponential, Objective, PositionWeights, fused_distill
 from sstf.methods.base import WHOLE_VOCABULARY, DraftLimits, News, ShallowPasses
-from sstf.methods.supervision import teachers_over
+from sstf.methods.supervision import reported, teachers_over
 from sstf.targets import FrozenHead, PreallocatedCache, TargetSpec
 from sstf.targets.spec import ROPE_TYPES
 from sstf.trees import AnyTree, DraftContext, grow
@@ -280,20 +280,9 @@ class Judged:
 
     def output(self, loss: Tensor, found: Distilled) -> StepOutput:
         """What the trainer gets, of a summed loss and the drafts as they are decoded."""
-        valid = self.blocks.valid
-        counts = valid.sum(-1)
-        lengths = counts.tolist()
-        hits = torch.zeros_like(valid)
-        teacher_token = self.batch.teacher_token[self.blocks.ahead.T[valid]]
-        hits[valid] = self.head.draft_tokens[found.draft_token] == teacher_token
-        return StepOutput(
-            loss=loss,
-            valid=counts.float(),
-            losses=torch.stack([part.sum() for part in found.losses.split(lengths)]),
-            hits=hits.sum(-1).float(),
-            overlap=torch.stack([part.sum() for part in found.overlap.split(lengths)]),
-            chain_hits=hits[:, self.blocks.whole],
-        )
+        blocks = self.blocks
+        taught = self.batch.teacher_token[blocks.ahead.T]
+        return reported(loss, found, self.head.draft_tokens, taught, blocks.valid, blocks.whole)
 
 
 # ---- drafting --------------------------------------------------------------------------------------------------------

@@ -59,16 +59,36 @@ def outcome(
     Chains are those that lie wholly in supervised text, at anchors where `drafted` (None: everywhere); a token outside
     the draft vocabulary is a miss.
     """
-    ahead, valid = taught.ahead, taught.valid
-    counts = valid.sum(-1)
-    hits = torch.zeros_like(valid)
-    hits[valid] = draft_tokens[result.draft_token] == batch.teacher_token[ahead[valid]]
-    whole = (taught.there & batch.loss_mask[ahead]).all(0)
+    whole = (taught.there & batch.loss_mask[taught.ahead]).all(0)
     if drafted is not None:
         whole &= drafted
+    return reported(result.loss_sum, result, draft_tokens, batch.teacher_token[taught.ahead], taught.valid, whole)
+
+
+def reported(
+    loss: Float[Tensor, ""],
+    result: Distilled,
+    draft_tokens: Tensor,
+    taught: Int[Tensor, "position row"],
+    valid: Bool[Tensor, "position row"],
+    whole: Bool[Tensor, "row"],
+) -> StepOutput:
+    """`loss` and what the trainer counts beside it.
+
+    Args:
+        loss: summed.
+        result: of the valid pairs, ordered by position and row.
+        draft_tokens: target ids of what the head can propose.
+        taught: the teacher's token of each pair.
+        valid: pairs that were taught.
+        whole: rows that all of a chain can be followed from.
+    """
+    counts = valid.sum(-1)
+    hits = torch.zeros_like(valid)
+    hits[valid] = draft_tokens[result.draft_token] == taught[valid]
     lengths = counts.tolist()
     return StepOutput(
-        loss=result.loss_sum,
+        loss=loss,
         valid=counts.float(),
         losses=torch.stack([part.sum() for part in result.losses.split(lengths)]),
         hits=hits.sum(-1).float(),

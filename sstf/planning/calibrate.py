@@ -296,7 +296,8 @@ def measure_rollouts(
 ) -> Rate | None:
     """Tokens that rollouts with all slots emit, by the phase itself; None where no row has a prompt."""
     how = config.on_policy
-    assert how is not None
+    assert how is not None and isinstance(head.method, TrainableMethod)
+    depth = how.depth or head.method.positions
     starts = [(row, sketch_of(row).contexts[0]) for row in rows if any(row.loss_mask)]
     room = target.context - how.max_new_tokens
     prompts = [TokenSample(row.id, row.input_ids[:n], [False] * n) for row, n in starts if 0 < n <= room]
@@ -307,7 +308,7 @@ def measure_rollouts(
     def run(tokens: int) -> Rate:
         few = how.model_copy(update={"max_new_tokens": tokens})
         started = time.perf_counter()
-        made = roll_out(target, head, prompts, how.depth or head.method.positions, few, 0, NoProgress())
+        made = roll_out(target, head, prompts, depth, few, 0, NoProgress())
         return Rate(sum(sum(one.sample.loss_mask) for one in made), time.perf_counter() - started)
 
     first = run(min(ROLLED_OUT_TOKENS, how.max_new_tokens))
