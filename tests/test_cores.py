@@ -5,15 +5,17 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from io import StringIO
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import pytest
 import torch
 from rich.console import Console
 
 from sstf.cores import leave_cores_to_others
-from sstf.errors import TargetError
-from sstf.features.source import prefetched
+from sstf.errors import DataError, TargetError
+from sstf.features import FeatureSource
+from sstf.train.feed import Feed
+from sstf.train.parallel import open_launch
 
 T = TypeVar("T")
 pytestmark = pytest.mark.skipif("USE_OPENMP=ON" not in torch.__config__.show(), reason="torch without OpenMP")
@@ -45,7 +47,16 @@ def test_one_thread_computes_alone_and_no_other_does() -> None:
 
 
 def test_loading_leaves_the_cores_to_training() -> None:
-    assert list(prefetched(lambda _: torch.get_num_threads(), [0, 1])) == [1, 1]
+    class Source:
+        lengths = (8,)
+
+        def batch(self, conversations: tuple[int, ...]) -> None:
+            raise DataError(f"{torch.get_num_threads()} for {conversations}")
+
+    feed = Feed(cast(FeatureSource, Source()), open_launch(), [[0]], 8)
+    with pytest.raises(DataError, match=r"^1 for \(0,\)$"):
+        next(feed.step(0))
+    assert torch.get_num_threads() == 2
 
 
 def test_serving_leaves_them_to_the_decoder(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,6 @@ from typing import Any, Protocol, TypeVar, cast
 
 from torch import Tensor
 
-from sstf.cores import leave_cores_to_others
 from sstf.targets import FrozenHead, TargetSpec
 from sstf.types import FeatureBatch
 
@@ -102,7 +101,6 @@ def prefetched(load: Callable[[Key], Item], keys: Iterable[Key], ahead: int = 2)
 
 def _load_on_demand(asked: SimpleQueue[Any], loaded: SimpleQueue[Any], closed: list[bool]) -> None:
     """The thread. While it waits it holds nothing of who asks, or what was left would never become garbage."""
-    leave_cores_to_others()
     while (work := asked.get()) is not None and not closed[0]:
         load, key = work
         try:

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from sstf.cores import leave_cores_to_others
 from sstf.features import FeatureSource, prefetched, to_device
 from sstf.train.parallel import Launch
 from sstf.train.plan import micro_batches, shares
@@ -87,6 +88,8 @@ class Feed:
         return mine + [((shortest,), False)] * (max(map(len, dealt)) - len(mine))
 
     def _load(self, piece: Piece, step: int | None = None) -> FeatureBatch:
+        if self.launch.device.type == "cpu":
+            leave_cores_to_others()  # from the thread that loads to the one that trains
         conversations, supervised = piece
         batch = self.source.batch(conversations)
         if not supervised:
