@@ -12,8 +12,11 @@ cross entropy + 0.9 of that distance. The confidence's target has no gradient.
 At decoding a chain is verified as far as the product of its confidences stays at `verify_above`, and, where the cost of
 passes is known, while one more draft raises the expected tokens a second; it ends at the first draft that does not.
 Whether draft i is verified depends on confidences 0 .. i, that is on drafts 0 .. i - 1 and never on its own token, so
-the text keeps its distribution (`decode/verify.py`). Trees are verified whole. The paper's calibration of confidences
-by a temperature of their own is not built.
+the text keeps its distribution (`decode/verify.py`). Trees are verified whole.
+
+The paper calibrates confidences by a temperature for each draft, fitted from left to right on held-out text. Here they
+are calibrated by what passes before accepted (`trees/calibration.py`), which follows the text, the temperature and the
+rule of verification: a greedy draft that is the target's best token is always accepted, however small the overlap.
 """
 
 from __future__ import annotations
@@ -28,6 +31,7 @@ from torch.nn import functional as F
 
 from sstf.heads import DSparkHead
 from sstf.losses import Mixed, Objective
+from sstf.methods.base import News
 from sstf.methods.block import (
     BlockConfig,
     BlockDrafter,
@@ -39,6 +43,7 @@ from sstf.methods.block import (
 )
 from sstf.targets import FrozenHead, TargetSpec
 from sstf.trees import AnyTree, Chain, DraftContext, prune
+from sstf.trees.calibration import PathCalibration
 from sstf.trees.growth import StepCost
 from sstf.types import DraftTree, FeatureBatch, StepOutput
 
@@ -46,8 +51,8 @@ from sstf.types import DraftTree, FeatureBatch, StepOutput
 class DSparkConfig(BlockConfig):
     """See `BlockConfig`. `rank` is that of the Markov bias, `confidence_weight` what the confidence has in the loss.
 
-    `verify_above` is the least chance to be emitted, by the confidences, with which a draft of a chain is verified; 0
-    verifies all.
+    `verify_above` is the least chance to be emitted, by the calibrated confidences, with which a draft of a chain is
+    verified; 0 verifies all.
     """
 
     kind: Literal["dspark"] = "dspark"
@@ -116,11 +121,38 @@ def verified(chances: Sequence[float], least: float, cost: StepCost | None) -> i
 
 
 class DSparkDrafter(BlockDrafter):
-    """Verifies chains as far as it is confident."""
+    """Verifies chains as far as it is confident, and learns what its confidences are worth from what was accepted."""
 
     def __init__(self, head: DSparkHead, least: float) -> None:
         super().__init__(head)
         self.dspark, self.least = head, least
+        self.experience = PathCalibration()
+        self._chains: dict[int, tuple[list[int], list[float]]] = {}  # by slot: drafts not yet heard of, confidences
+        self._slots: list[int] = []  # of the sequences that are drafted for
+
+    def restart(self, slot: int) -> None:
+        """See `Drafter.restart`."""
+        super().restart(slot)
+        self._chains.pop(slot, None)
+
+    def propose(self, news: Sequence[News], policy: AnyTree, context: DraftContext) -> list[DraftTree]:
+        """See `Drafter.propose`."""
+        for one in news:
+            self._hear(one)
+        self._slots = [one.slot for one in news]
+        return super().propose(news, policy, context)
+
+    def _hear(self, news: News) -> None:
+        """Of the drafts of the last chain that were reached, which one was emitted."""
+        drafts, confidences = self._chains.pop(news.slot, ([], []))
+        accepted = 0
+        for draft, emitted in zip(drafts, news.tokens, strict=False):
+            if draft != emitted:
+                break
+            accepted += 1
+        reached = min(accepted + 1, len(drafts))
+        outcomes = [float(i < accepted) for i in range(reached)]
+        self.experience.observe(range(1, reached + 1), [0] * reached, confidences[:reached], outcomes)
 
     def finish(
         self, trees: list[DraftTree], hidden: Tensor, anchors: Tensor, policy: AnyTree, context: DraftContext
@@ -129,10 +161,13 @@ class DSparkDrafter(BlockDrafter):
         if not isinstance(policy, Chain):
             return trees
         found = []
-        for tree, slots, anchor in zip(trees, hidden, anchors, strict=True):
+        for number, tree, states, anchor in zip(self._slots, trees, hidden, anchors, strict=True):
             size = len(tree)
             before = torch.cat([anchor[None], tree.tokens])[:size]
-            confidence = self.dspark.confidence(slots[:size], self.dspark.path_start(before)).sigmoid()
-            keep = verified(confidence.cumprod(0).tolist(), self.least, context.cost)
+            confidence = self.dspark.confidence(states[:size], self.dspark.path_start(before)).sigmoid().float().cpu()
+            own = [self.experience.probabilities(one.view(1, 1), i + 1) for i, one in enumerate(confidence)]
+            chances = torch.cat([confidence.new_empty(1, 0), *own], 1)[0].cumprod(0)
+            keep = verified(chances.tolist(), self.least, context.cost)
+            self._chains[number] = (tree.tokens[:keep].tolist(), confidence[:keep].tolist())
             found.append(tree if keep == size else prune(tree, [i < keep for i in range(size)]))
         return found

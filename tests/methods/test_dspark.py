@@ -30,6 +30,7 @@ from sstf.methods.checkpoint import bind, read_head, save_head
 from sstf.methods.dspark import DSparkMethod, verified
 from sstf.targets import Target
 from sstf.trees import Chain, DraftContext, DynamicTree, StaticTree
+from sstf.trees.calibration import PathCalibration
 
 DRAFTS = 4
 SETTINGS = {
@@ -131,7 +132,9 @@ def test_drafts_what_was_trained(tiny_target: Target) -> None:
 
 
 @torch.no_grad()
-def test_a_batch_drafts_what_each_sequence_drafts_alone(tiny_target: Target) -> None:
+def test_a_batch_drafts_what_each_sequence_drafts_alone(tiny_target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experience apart, which a batch shares."""
+    monkeypatch.setattr(PathCalibration, "observe", lambda *given: None)
     method = make_method(verify_above=0.3)
     head = random_head(method, tiny_target)
     policies = [Chain(depth=4), DynamicTree(depth=4, top_k=3, total_tokens=9), StaticTree.full(3, 2)]
@@ -175,7 +178,7 @@ def test_a_chain_ends_by_its_confidences(tiny_target: Target) -> None:
     head = random_head(method, tiny_target)
     batch = make_batch(tiny_target.frozen_head, (40,))
     whole = drafted_chains(make_method().drafter(head, torch.device("cpu")), batch, range(40))
-    cut = drafted_chains(method.drafter(head, torch.device("cpu")), batch, range(40))
+    cut = [drafted_chains(method.drafter(head, torch.device("cpu")), batch, [row])[0] for row in range(40)]
     sizes = set()
     for row, (chain, kept) in enumerate(zip(whole, cut, strict=True)):
         hidden = head.fill_reference(batch.features, batch.input_ids, (40,), [row])[0]
@@ -192,6 +195,47 @@ def test_a_chain_ends_by_its_confidences(tiny_target: Target) -> None:
     drafter.start(1, 64)
     news = News(0, batch.input_ids.tolist(), batch.features)
     assert len(drafter.propose([news], StaticTree.full(2, 2, 1), DraftContext(9))[0]) == 10
+
+
+@torch.no_grad()
+def test_confidences_are_corrected_by_what_was_accepted(tiny_target: Target) -> None:
+    """A head that says .3 of drafts that are always right, and of drafts of which the first is and the second never."""
+    head = random_head(make_method(), tiny_target)
+    head.confidence_head.proj.weight.zero_()
+    head.confidence_head.proj.bias.fill_(math.log(0.3 / 0.7))
+    features = torch.randn(400, head.shape.taps, generator=torch.Generator().manual_seed(3))
+    for right, expected in ((DRAFTS, DRAFTS), (1, 1)):
+        drafter = make_method(verify_above=0.2).drafter(head, torch.device("cpu"))
+        drafter.start(1, 400)
+        tokens, sizes, read = [7], list[int](), 0
+        for _ in range(60):
+            news = News(0, tokens, features[read : read + len(tokens)])
+            read += len(tokens)
+            (tree,) = drafter.propose([news], Chain(depth=DRAFTS), DraftContext(99))
+            drafts = tree.tokens.tolist()
+            sizes.append(len(drafts))
+            tokens = drafts[:right]
+            tokens.append((drafts[right] + 1) % 300 if len(drafts) > right else 5)  # the bonus token
+        assert sizes[0] == 1  # .3, and .09 is below .2
+        assert sizes[-1] == expected, sizes
+        first, second = (float(drafter.experience.probabilities(torch.tensor([[0.3]]), depth)) for depth in (1, 2))
+        assert first > 0.85
+        assert second > 0.85 if right == DRAFTS else second < 0.3
+
+
+@torch.no_grad()
+def test_another_text_in_the_slot_teaches_nothing(tiny_target: Target) -> None:
+    head = random_head(make_method(), tiny_target)
+    batch = make_batch(tiny_target.frozen_head, (20,))
+    drafter = make_method().drafter(head, torch.device("cpu"))
+    drafter.start(1, 64)
+    news = News(0, batch.input_ids.tolist(), batch.features)
+    for _ in range(2):
+        drafter.restart(0)
+        assert len(drafter.propose([news], Chain(depth=DRAFTS), DraftContext(99))[0]) == DRAFTS
+    assert drafter.experience.error().weight == 0
+    drafter.propose([News(0, [3], batch.features[:1])], Chain(depth=DRAFTS), DraftContext(99))
+    assert drafter.experience.error().weight == 1  # the first draft was reached, no other
 
 
 def test_a_saved_head_loads_back(tiny_target: Target, tmp_path: Path) -> None:
