@@ -57,13 +57,17 @@ OPEN: dict[str, dict[str, str]] = {
 
 
 @pytest.fixture(scope="module")
-def heads(finished_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def heads(finished_config: Path, run: Run, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a head that was trained on the conversations of the finished run. Read only."""
     made: dict[str, Path] = {}
+    fields = yaml.safe_load(finished_config.read_text(encoding="utf-8"))
+    # A run of several heads would be another one to the tests that share the finished run.
+    own = tmp_path_factory.mktemp("methods")
+    shutil.copytree(run.config.folder, own / run.config.name)
+    fields["output_dir"] = str(own)
 
     def head(kind: str) -> Path:
         if kind not in made:
-            fields = yaml.safe_load(finished_config.read_text(encoding="utf-8"))
             fields["method"] = METHODS[kind]
             fields["train"]["parity"] = False
             config = tmp_path_factory.mktemp(kind) / "run.yaml"
