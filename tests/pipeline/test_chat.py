@@ -289,10 +289,10 @@ class Terminal:
     def leave(self) -> int:
         """Ctrl-C at the prompt, and the exit code. Python's readline shows the prompt before it waits for keys: a
         Ctrl-C in between is seen with the next one."""
-        for _ in range(20):
+        for _ in range(3):
             self.type("\x03")
             try:
-                return self.process.wait(1)
+                return self.process.wait(20)  # long enough to end, where a second one would kill
             except subprocess.TimeoutExpired:
                 continue
         raise AssertionError(f"it goes on: {self.seen!r}")
