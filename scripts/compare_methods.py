@@ -9,8 +9,8 @@ and backward, counted in one step). Training is timed in seconds of the processo
 hardly changes. Then all heads of a budget decode the same prompts in turn, beside plain decoding,
 prompt lookup and suffix lookup, as in `sstf eval`. What is there is not made again; delete its folder to repeat it.
 
-Prints JSON lines, and writes them to OUT/lines.jsonl, with OUT/table.md and OUT/pareto.svg, the accepted length
-against the cost of a draft, made of them.
+Prints JSON lines, and writes them to OUT/lines.jsonl, with OUT/table-BUDGET.md and OUT/pareto-BUDGET.svg, the accepted
+length against the cost of a draft, made of them.
 """
 
 from __future__ import annotations

@@ -343,11 +343,11 @@ class BlockDrafter:
 
         within = replace(context, depth=min(context.depth, drafts))
         return self.finish(
-            grow(policy, within, logits()[:, 0], expand, self.draft_tokens), hidden, anchors, policy, context
+            grow(policy, within, logits()[:, 0], expand, self.draft_tokens), hidden, news, policy, context
         )
 
     def finish(
-        self, trees: list[DraftTree], hidden: Tensor, anchors: Tensor, policy: AnyTree, context: DraftContext
+        self, trees: list[DraftTree], hidden: Tensor, news: Sequence[News], policy: AnyTree, context: DraftContext
     ) -> list[DraftTree]:
         """What of the trees is verified; here all. Whether a node is may depend on the nodes above it, never on its own
         token: that would bias the text.
@@ -355,7 +355,7 @@ class BlockDrafter:
         Args:
             trees: as they were grown.
             hidden: [batch, drafts, hidden], what `lm_head` read.
-            anchors: [batch] int64.
+            news: of `propose`; the last token of each is its block's anchor.
             policy: that they were grown by.
             context: of `propose`.
         """

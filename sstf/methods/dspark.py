@@ -128,7 +128,6 @@ class DSparkDrafter(BlockDrafter):
         self.dspark, self.least = head, least
         self.experience = PathCalibration()
         self._chains: dict[int, tuple[list[int], list[float]]] = {}  # by slot: drafts not yet heard of, confidences
-        self._slots: list[int] = []  # of the sequences that are drafted for
 
     def restart(self, slot: int) -> None:
         """See `Drafter.restart`."""
@@ -139,7 +138,6 @@ class DSparkDrafter(BlockDrafter):
         """See `Drafter.propose`."""
         for one in news:
             self._hear(one)
-        self._slots = [one.slot for one in news]
         return super().propose(news, policy, context)
 
     def _hear(self, news: News) -> None:
@@ -155,19 +153,19 @@ class DSparkDrafter(BlockDrafter):
         self.experience.observe(range(1, reached + 1), [0] * reached, confidences[:reached], outcomes)
 
     def finish(
-        self, trees: list[DraftTree], hidden: Tensor, anchors: Tensor, policy: AnyTree, context: DraftContext
+        self, trees: list[DraftTree], hidden: Tensor, news: Sequence[News], policy: AnyTree, context: DraftContext
     ) -> list[DraftTree]:
         """See `BlockDrafter.finish`."""
         if not isinstance(policy, Chain):
             return trees
         found = []
-        for number, tree, states, anchor in zip(self._slots, trees, hidden, anchors, strict=True):
+        for one, tree, states in zip(news, trees, hidden, strict=True):
             size = len(tree)
-            before = torch.cat([anchor[None], tree.tokens])[:size]
+            before = torch.cat([tree.tokens.new_tensor(one.tokens[-1:]), tree.tokens])[:size]
             confidence = self.dspark.confidence(states[:size], self.dspark.path_start(before)).sigmoid().float().cpu()
-            own = [self.experience.probabilities(one.view(1, 1), i + 1) for i, one in enumerate(confidence)]
+            own = [self.experience.probabilities(c.view(1, 1), depth) for depth, c in enumerate(confidence, 1)]
             chances = torch.cat([confidence.new_empty(1, 0), *own], 1)[0].cumprod(0)
             keep = verified(chances.tolist(), self.least, context.cost)
-            self._chains[number] = (tree.tokens[:keep].tolist(), confidence[:keep].tolist())
+            self._chains[one.slot] = (tree.tokens[:keep].tolist(), confidence[:keep].tolist())
             found.append(tree if keep == size else prune(tree, [i < keep for i in range(size)]))
         return found

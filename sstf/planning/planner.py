@@ -39,6 +39,7 @@ from sstf.planning.volume import SAMPLE, Look, Volume, look, volume, volume_of
 from sstf.targets import load_configured
 from sstf.targets.outline import TargetOutline, outline
 from sstf.train.memory import Part, frozen_bytes, trained
+from sstf.train.on_policy import OnPolicyConfig
 from sstf.trees import Chain
 
 TEXT_COPIES = 2  # the conversations, and the groups that regeneration resumes from
@@ -153,17 +154,17 @@ def _writes_here(config: RunConfig) -> bool:
     return isinstance(config.data.answers, RegenerateAnswers) and isinstance(config.data.answers.engine, InProcess)
 
 
-def _second(run: Run) -> set[str]:
-    """The on-policy stage, if the run has one."""
-    return {"on_policy"} & set(run.stages)
+def _second(run: Run, done: set[str]) -> OnPolicyConfig | None:
+    """The on-policy phase, if the run has one and it is still to run."""
+    return None if "on_policy" in done else run.config.on_policy
 
 
 def _to_measure(run: Run, done: set[str]) -> list[str]:
     wanted = {
         "regeneration": run.trains and _writes_here(run.config) and "data" not in done,
         "extraction": run.trains and not run.online and "extract" not in done,
-        "training": run.trains and bool({"train", *_second(run)} - done),
-        "rollouts": bool(_second(run) - done),
+        "training": run.trains and ("train" not in done or _second(run, done) is not None),
+        "rollouts": _second(run, done) is not None,
         "evaluation": "eval" not in done,
     }
     if wanted["training"] and not run.online:
@@ -210,10 +211,10 @@ def _disk(
         parts.append(DiskPart(f"checkpoints ({count})", Interval.exact(count * sizes.checkpoint_bytes(parameters))))
         exported = 4 + 2 * len(config.export.chosen(config.method.kind))
         parts.append(DiskPart("head, and its exports", Interval.exact(exported * parameters)))
-    if _second(run) - done and config.on_policy is not None:
-        rounds, played = config.on_policy.rounds, _played(run, data)
+    if second := _second(run, done):
+        rounds, played = second.rounds, _played(second, data)
         if not run.online:
-            parts.append(DiskPart("features of rollouts", played.times(each) if played else None))
+            parts.append(DiskPart("features of rollouts", played.times(each * rounds) if played else None))
         parameters = sizes.parameters_of(head)
         kept = (config.train.keep_last + 1) * sizes.checkpoint_bytes(parameters) + 4 * parameters
         parts.append(DiskPart(f"checkpoints and heads of rounds ({rounds})", Interval.exact(rounds * kept)))
@@ -241,19 +242,20 @@ def _memory(
         if "extract" not in done and not run.online:
             threads = threads_for(device.type)
             found.append(sizes.extraction(spec, shape.parameters, layers, rows, config.extract.shard_tokens, threads))
-        if {"train", *_second(run)} - done:  # a round of the second phase trains as the first one did
+        second = _second(run, done)
+        if "train" not in done or second:  # a round of the second phase trains as the first one did
             stage = _training(run, shape, head, data, device, free)
             if run.online:
                 stage = sizes.with_target(stage, spec, shape.parameters, rows, layers)
             found.append(stage)
-        if _second(run) - done and config.on_policy is not None:
-            how, own = config.on_policy, sizes.parameters_of(head)
-            depth = how.depth or run.method.positions
-            capacity = min(data.longest + how.max_new_tokens, spec.max_position_embeddings)
-            found.append(sizes.rollouts(spec, shape.parameters, own, how.slots, capacity, depth + 1))
+        if second:
+            own, rows = sizes.parameters_of(head), 1 + (second.depth or run.method.positions)
+            capacity = min(data.longest + second.max_new_tokens, spec.max_position_embeddings)
+            found.append(sizes.decoding("rollouts", spec, shape.parameters, own, second.slots, capacity, rows))
     if "eval" not in done:
         parameters = sizes.parameters_of(head) if head is not None else 0
-        found.append(sizes.evaluation(spec, shape.parameters, parameters, config.eval.max_new_tokens + 256))
+        capacity = config.eval.max_new_tokens + 256
+        found.append(sizes.decoding("evaluation", spec, shape.parameters, parameters, 1, capacity, 1))
     return found
 
 
@@ -302,8 +304,8 @@ def _times(run: Run, data: Volume | None, measured: Calibration | None, done: se
         if not run.online:
             found.append(_extract_time(run, data, figures))
         found.append(_train_time(run, data, figures))
-        if _second(run):
-            found.append(_on_policy_time(run, data, figures))
+        if run.config.on_policy:
+            found.append(_on_policy_time(run, run.config.on_policy, data, figures))
     found.append(_eval_time(run, figures))
     return [StageTime(t.stage, "done", "", Interval.exact(0.0)) if t.stage in done else t for t in found]
 
@@ -352,9 +354,8 @@ def _train_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
     return StageTime("train", work, f"{rate:,.0f} tokens/s", seconds.times(1 / 3600))
 
 
-def _on_policy_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
-    how, config, texts = run.config.on_policy, run.config.train, _texts(run, data)
-    assert how is not None
+def _on_policy_time(run: Run, how: OnPolicyConfig, data: Volume, measured: Calibration) -> StageTime:
+    config, texts, played = run.config.train, _texts(how, data), _played(how, data)
     tokens = how.steps * config.step_tokens
     work = (
         f"{how.rounds} x ({how.conversations:,} rollouts, {how.steps:,} steps of up to {config.step_tokens:,} tokens)"
@@ -364,8 +365,8 @@ def _on_policy_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
     # Accepted drafts shorten the rollouts; by how much is not known yet.
     written = Interval(0.0, texts.high / measured.rollouts.per_second)
     seconds = written + Interval.exact(tokens / measured.training.per_second)
-    if measured.extraction is not None and not run.online and (played := _played(run, data)):
-        seconds = seconds + played.times(1 / how.rounds / measured.extraction.per_second)
+    if measured.extraction is not None and not run.online and played is not None:
+        seconds = seconds + played.times(1 / measured.extraction.per_second)
     if measured.validation is not None:
         held_out = config.validation_conversations * data.tokens_each.middle
         passes = math.ceil(how.steps / config.validate_every) + 1
@@ -374,22 +375,21 @@ def _on_policy_time(run: Run, data: Volume, measured: Calibration) -> StageTime:
     return StageTime("on_policy", work, rate, seconds.times(how.rounds / 3600))
 
 
-def _texts(run: Run, data: Volume) -> Interval | None:
+def _texts(how: OnPolicyConfig, data: Volume) -> Interval | None:
     """Tokens that a round's rollouts emit: between the length of answers that the data has, and all that is allowed."""
-    how = run.config.on_policy
-    if how is None or data.conversations is None:
+    if data.conversations is None:
         return None
     most = how.max_new_tokens
     return Interval(min(most, data.trained_each.low), most).times(min(how.conversations, data.conversations))
 
 
-def _played(run: Run, data: Volume) -> Interval | None:
-    """Tokens of all rounds' rollouts with their prompts."""
-    how, texts = run.config.on_policy, _texts(run, data)
-    if how is None or texts is None or data.conversations is None:
+def _played(how: OnPolicyConfig, data: Volume) -> Interval | None:
+    """Tokens of a round's rollouts with their prompts."""
+    texts = _texts(how, data)
+    if texts is None or data.conversations is None:
         return None
     prompt = data.tokens_each.middle - data.trained_each.middle
-    return (texts + Interval.exact(prompt * min(how.conversations, data.conversations))).times(how.rounds)
+    return texts + Interval.exact(prompt * min(how.conversations, data.conversations))
 
 
 def _eval_time(run: Run, measured: Calibration) -> StageTime:

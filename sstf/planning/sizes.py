@@ -146,38 +146,27 @@ def with_target(stage: StageMemory, spec: TargetSpec, parameters: int, batch_tok
     return StageMemory(stage.stage, (*stage.parts, *(part for part in one.parts if part is not WORK_SPACE)))
 
 
-def evaluation(spec: TargetSpec, parameters: int, head_parameters: int, capacity: int) -> StageMemory:
-    """One sequence at a time, with the head in the target's dtype."""
-    return StageMemory(
-        "evaluation",
-        (
-            Part("weights", weight_bytes(spec, parameters)),
-            Part("head", head_parameters * dtype_size(spec)),
-            Part("keys and values", cache_bytes(spec, 1, capacity)),
-            Part("passes", capacity * _target_activation(spec)),
-            WORK_SPACE,
-        ),
-    )
-
-
-def rollouts(
-    spec: TargetSpec, parameters: int, head_parameters: int, slots: int, capacity: int, rows: int
+def decoding(
+    stage: str, spec: TargetSpec, parameters: int, head_parameters: int, slots: int, capacity: int, rows: int
 ) -> StageMemory:
-    """Args:
-    spec: of the target.
-    parameters: of the target.
-    head_parameters: of the head, which is in the target's dtype.
-    slots: sequences decoded at once.
-    capacity: tokens a sequence may have.
-    rows: of a verify pass over one sequence.
+    """The evaluation, which decodes one sequence at a time, or the rollouts of an on-policy phase.
+
+    Args:
+        stage: its name.
+        spec: of the target.
+        parameters: of the target.
+        head_parameters: of the head, which is in the target's dtype.
+        slots: sequences decoded at once.
+        capacity: tokens a sequence may have.
+        rows: of a pass over one sequence whose logits are held.
     """
     passes = max(capacity * _target_activation(spec), slots * rows * spec.vocab_size * 4)
     return StageMemory(
-        "rollouts",
+        stage,
         (
             Part("weights", weight_bytes(spec, parameters)),
             Part("head", head_parameters * dtype_size(spec)),
-            Part(f"keys and values, {slots} x {capacity} tokens", cache_bytes(spec, slots, capacity)),
+            Part("keys and values", cache_bytes(spec, slots, capacity)),
             Part("passes", passes),
             WORK_SPACE,
         ),

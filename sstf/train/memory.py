@@ -4,8 +4,7 @@
 
 Sizes of tensors are exact. Four figures, `TOKEN` to `WORK_SPACE`, were fitted to the peaks of 26 real processes (CPU;
 SmolLM2-135M, 1 to 7 steps of test-time training, V_d 1,024 to 32,000, 512 to 4,096 tokens at once, bfloat16 and
-float32, AdamW and Muon): the formula was between 6 % too low and 6 % too high for them, and 1 to 4 % too high for four
-of EAGLE heads, which learn no `lm_head`.
+float32, AdamW and Muon): the formula was between 6 % too low and 6 % too high for them.
 `tests/planning/test_memory_on_real_target.py` holds it against some of them. What ways of sharing hold is from
 `scripts/bench_parallel.py`. On GPUs nothing of this was measured.
 """

@@ -134,7 +134,7 @@ def test_a_stage_holds_what_was_planned(stage: str, settings: dict[str, int], st
 @pytest.mark.parametrize(
     "settings",
     [
-        {"batch": 2048, "steps": 1},
+        {"batch": 1024, "steps": 1},
         {"batch": 1024, "steps": 3},
         {"batch": 1024, "steps": 3, "draft_vocab": 8192},
         {"batch": 1024, "steps": 3, "fp32": 1},
